@@ -1,0 +1,950 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0",
+#   "gymnasium[classic-control,mujoco,atari,other]==1.4.0",
+#   "numpy>=1.26",
+#   "tyro==1.0.17",
+#   "wandb==0.31.0",
+# ]
+# ///
+"""PPO for continuous actions, the robots of MuJoCo and Pendulum, in one file to read top to bottom.
+
+    python ppo_continuous.py --env-id HalfCheetah-v5                   # 1M steps in minutes
+    python ppo_continuous.py --help                                    # what every flag does
+    python ppo_continuous.py --resume runs/FOLDER                      # go on where a run stopped
+    python ppo_continuous.py --evaluate runs/FOLDER --capture-video    # watch what it has learned
+
+Read ppo.py first: what follows `Agent` is the same here, byte for byte. In short, the loop repeats
+
+    1. anneal      take smaller learning steps as the end of training comes nearer
+    2. rollout     let the policy act in N environments for T steps and keep every transition
+    3. advantages  estimate how much better each action was than the policy's average (GAE)
+    4. update      make better actions likelier, for several epochs of shuffled minibatches, with
+                   nothing to gain where the new policy leaves the old one's surroundings
+    5. record      log, save, and forget the batch: it tells about a policy that is no more
+
+What differs from ppo.py: the policy is a Gaussian, its actions are scaled to the environment's
+bounds, observations and rewards are normalised, and `Args` holds other numbers.
+
+What differs from the paper: 64 short rollouts instead of one long one, advantages estimated anew
+before each epoch, a learning rate that ends at {end} of its start, and what ppo.py lists.
+
+[PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
+Details: Huang et al. 2022, "The 37 Implementation Details of Proximal Policy Optimization".
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+
+
+@dataclass
+class Args:
+    # What to run
+    env_id: str = "HalfCheetah-v5"
+    """environment; "my_module:MyEnv-v0" imports my_module first (beside the script or PYTHONPATH)"""
+    total_timesteps: int = 1_000_000
+    """steps of all environments together, rounded down to whole batches"""
+    seed: int = 1
+    """same seed, same CPU: same numbers; compare settings over 3 or more seeds"""
+    exp_name: str = "ppo_continuous"
+    """label of the run, part of the folder's name"""
+    # Rollout
+    num_envs: int = 64
+    """N, environments stepped together; more make the batch more varied; 1 to 64"""
+    num_steps: int = 32
+    """T, steps of each environment per batch; more see further ahead in time; 16 to 2048"""
+    gamma: float = 0.99
+    """discount of future rewards: the policy plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999"""
+    gae_lambda: float = 0.95
+    """lower trusts the critic (bias), higher the rewards that followed (variance); 0.8 to 0.98"""
+    norm_obs: bool = True
+    """normalise observations by running mean and std; try it where their sizes differ"""
+    norm_reward: bool = True
+    """divide rewards by the running std of returns; try it where returns are far from 1"""
+    # Update
+    learning_rate: float = 3e-4
+    """Adam's step size; lower it where approx_kl or clipfrac run high; 1e-4 to 1e-3"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly over the run: steadier at the end"""
+    update_epochs: int = 10
+    """passes over each batch; more squeeze more out of it but strain the trust region; 3 to 20"""
+    num_minibatches: int = 32
+    """gradient steps per pass; more are smaller and noisier, usually of 64 to 512 rows"""
+    recompute_advantages: bool = True
+    """estimate advantages anew with the current critic before each epoch; helps with many epochs"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch: step sizes do not depend on the size of rewards"""
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"
+    """how policy steps are kept small: clipped ratio, penalty on the KL divergence, or not at all"""
+    clip_coef: float = 0.2
+    """epsilon: probability ratios gain nothing beyond 1 +- epsilon; smaller is safer; 0.1 to 0.3"""
+    kl_coef: float = 1.0
+    """beta, the weight of the KL penalty (kl-adaptive: at the start); 0.3 to 10"""
+    kl_target: float = 0.01
+    """kl-adaptive halves or doubles beta to keep each update's KL near this; 0.003 to 0.03"""
+    target_kl: float | None = None
+    """stop an update's epochs early where approx_kl exceeds this; 0.01 to 0.05"""
+    clip_vloss: bool = False
+    """also limit the change of predicted values to clip_coef; rarely helps"""
+    vf_coef: float = 0.25
+    """weight of the value loss; raise it where explained_variance stays low; 0.25 to 1"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus; raise it where the policy settles too soon; 0 to 0.02"""
+    max_grad_norm: float = 0.5
+    """longer gradients are cut to this length; raise it where grad_norm is always above; 0.5 to 5"""
+    # Machine
+    cuda: bool = field(default_factory=torch.cuda.is_available)
+    """compute on the GPU, by default where there is one; small networks are faster on the CPU"""
+    torch_deterministic: bool = True
+    """only reproducible CUDA kernels; turn off for a little speed on a GPU"""
+    torch_threads: int = 1
+    """CPU threads; 1 is fastest for small networks, 0 is torch's own choice"""
+    compile: bool = False
+    """compile policy and loss (torch.compile): starts a minute later, then runs faster"""
+    # Records
+    run_dir: str | None = None
+    """folder for the files, by default runs/{env_id}__{exp_name}__{seed}__{unix time}"""
+    eval_episodes: int = 10
+    """episodes of the evaluation after training, 0 for none"""
+    capture_video: bool = False
+    """film episodes of the first environment into videos/"""
+    resume: str | None = None
+    """run folder or checkpoint to go on from, with its arguments; --total-timesteps may grow"""
+    evaluate: str | None = None
+    """run folder or checkpoint to evaluate instead of training"""
+    track: bool = False
+    """send the metrics to wandb as well; WANDB_MODE=offline needs no account"""
+    wandb_project_name: str = "ppo"
+    """wandb's project"""
+    wandb_entity: str | None = None
+    """wandb's user or team"""
+
+    # >>> shared: check
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+    def check(self) -> None:
+        """Raise ValueError, one line with flag, value and mend, for what cannot be run as asked."""
+
+        def refuse(name: str, condition: object, mend: str) -> None:
+            if condition:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {mend}")
+
+        counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
+        for name, value in vars(self).items():
+            number = value if isinstance(value, int | float) else 0
+            refuse(name, not 0 <= number < math.inf, "must be a finite number, not negative")
+            refuse(name, name in counts and value < 1, "must be at least 1")
+            refuse(name, name in ("gamma", "gae_lambda") and value > 1, "must be at most 1")
+        for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_target"):
+            refuse(name, getattr(self, name) == 0, "must be greater than 0")
+        batch = f"the batch of --num-envs x --num-steps = {self.batch_size} rows"
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        refuse("total_timesteps", self.num_iterations < 1, f"is less than {batch}; raise it")
+        refuse("num_minibatches", self.batch_size % self.num_minibatches, f"must divide {batch}")
+        refuse("num_minibatches", self.minibatch_size < 2 * processes, f"is too much for {batch}")
+        refuse("num_envs", self.num_envs % processes, f"must divide among {processes} processes")
+        for name, used, needs in (  # no flag is taken and then ignored
+            ("kl_coef", self.surrogate.startswith("kl"), "--surrogate kl-fixed or kl-adaptive"),
+            ("kl_target", self.surrogate == "kl-adaptive", "--surrogate kl-adaptive"),
+            ("clip_coef", self.surrogate == "clip" or self.clip_vloss, "--surrogate clip"),
+            ("wandb_project_name", self.track, "--track"),
+            ("wandb_entity", self.track, "--track"),
+        ):
+            given = getattr(self, name) != getattr(Args, name)
+            refuse(name, given and not used, f"has no effect without {needs}")
+        refuse("cuda", self.cuda and not torch.cuda.is_available(), "no such device; try --no-cuda")
+        refuse("track", self.track and not importlib.util.find_spec("wandb"), "pip install wandb")
+        refuse("evaluate", self.evaluate and self.resume, "does not go with --resume")
+        refuse("eval_episodes", self.evaluate and not self.eval_episodes, "must be at least 1")
+
+    # <<< shared: check
+
+
+# >>> shared: env_errors
+@contextlib.contextmanager
+def env_errors(env_id: str) -> Iterator[None]:
+    """Turn whatever fails while an environment is built into one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{error}".split()) or repr(error)
+        if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+            reason += " For Atari games use ppo_atari.py."
+        raise ValueError(f"--env-id {env_id}: cannot be built. {reason}") from error
+
+
+# <<< shared: env_errors
+
+
+def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
+    """Build environments that step together; the first is filmed where `videos` names a folder.
+
+    SAME_STEP autoreset: the step that ends an episode returns the first observation of the next
+    and keeps the last one in infos["final_obs"], so each step is a transition. (critical:
+    gymnasium's default, NEXT_STEP, follows each episode with a row whose action is ignored.)
+    Raises ValueError for an environment, observation or action space that this script cannot use.
+    """
+
+    def make_env(index: int) -> gym.Env:
+        film = videos is not None and index == 0
+        mode = "rgb_array" if film else None
+        env = gym.make(args.env_id, render_mode=mode, disable_env_checker=True)
+        env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=True) if film else env
+        space = env.observation_space
+        if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+            return env
+        return gym.wrappers.FlattenObservation(env)  # Dict, Tuple, images
+
+    with env_errors(args.env_id):
+        same_step = gym.vector.AutoresetMode.SAME_STEP
+        env_fns = [lambda i=i: make_env(i) for i in range(num_envs)]
+        envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step)
+        space, actions = envs.single_observation_space, envs.single_action_space
+        if isinstance(actions, gym.spaces.Discrete):
+            raise ValueError(f"Its actions, {actions}, are discrete: use ppo.py.")
+        if not isinstance(actions, gym.spaces.Box):
+            raise ValueError(f"Its actions, {actions}, are composite: only Box is supported.")
+        if not isinstance(space, gym.spaces.Box):
+            raise ValueError(f"Its observations, {space}, do not flatten into a vector.")
+    return gym.wrappers.vector.RecordEpisodeStatistics(ScaleAction(envs))
+
+
+class ScaleAction(gym.vector.VectorActionWrapper):
+    """Stretch [-1, 1] to the action bounds, and clip to them; unbounded actions stay as they are.
+
+    Only what the environment gets is clipped: training keeps actions as sampled, as the policy's
+    log-probabilities belong to those (detail 27).
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv) -> None:
+        super().__init__(envs)
+        space = envs.single_action_space
+        self.low, self.high = space.low, space.high
+        bounded = np.isfinite(self.low) & np.isfinite(self.high)
+        self.center = np.where(bounded, 0.5 * self.low + 0.5 * self.high, 0.0)
+        self.half_range = np.where(bounded, 0.5 * self.high - 0.5 * self.low, 1.0)
+
+    def actions(self, actions: np.ndarray) -> np.ndarray:
+        scaled = self.center + self.half_range * actions
+        return np.clip(scaled, self.low, self.high).astype(self.single_action_space.dtype)
+
+
+# >>> shared: statistics
+def all_mean(x: Tensor) -> Tensor:
+    """Average x in place over all processes of torchrun; a single process leaves it as it is."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def all_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over the rows of all processes' x, (rows, ...) -> (...) twice."""
+    var, own_mean = torch.var_mean(x, dim=0, correction=0)
+    mean = all_mean(own_mean.clone())
+    return mean, all_mean(var + (own_mean - mean) ** 2)
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen so far, in float64. A fresh one leaves x as it is."""
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("limit", torch.tensor(math.inf, dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, (rows, *shape): the pairwise formula of Chan, Golub & LeVeque 1979."""
+        mean, var = all_moments(x.double())
+        share = 1 / (1 + self.count / len(x))  # of the new rows in all rows
+        self.var.lerp_(var, share).add_(share * (1 - share) * (mean - self.mean) ** 2)
+        self.mean.lerp_(mean, share)
+        self.count += len(x)
+        self.limit.fill_(10.0)
+
+    def std(self) -> Tensor:
+        return (self.var + 1e-8).sqrt()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x - mean) / std, clipped to +-10 (details 28, 29); as float32."""
+        return ((x - self.mean) / self.std()).clamp(-self.limit, self.limit).float()
+
+
+# <<< shared: statistics
+
+
+def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    """A linear layer with orthogonal weights and zero biases (detail 2)."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+    hidden = [layer(inputs, 64), nn.Tanh(), layer(64, 64), nn.Tanh()]
+    return nn.Sequential(*hidden, layer(64, outputs, gain))
+
+
+class Agent(nn.Module):
+    """Policy (actor) and value function (critic) as separate networks (detail 26).
+
+    They take raw observations (N, obs). The policy is a Gaussian with independent dimensions
+    (detail 25) and standard deviations that do not depend on the state (detail 24); what is called
+    `dist` below is its means and log standard deviations side by side, (N, 2 * action dimensions).
+    """
+
+    eval_deterministic = True  # evaluate with the mean action
+
+    def __init__(self, envs: gym.vector.VectorEnv) -> None:
+        super().__init__()
+        obs_dim = math.prod(envs.single_observation_space.shape)
+        self.action_shape = envs.single_action_space.shape
+        action_dim = math.prod(self.action_shape)
+        self.obs_stats = RunningMeanStd((obs_dim,))
+        # A small last layer: the first actions are noise around the middle of the range.
+        self.actor = mlp(obs_dim, action_dim, gain=0.01)
+        self.critic = mlp(obs_dim, 1, gain=1.0)
+        self.log_std = nn.Parameter(torch.full((action_dim,), -0.5))
+
+    def get_dist(self, obs: Tensor) -> Tensor:
+        mean = self.actor(self.obs_stats.normalize(obs))
+        return torch.cat([mean, self.log_std.expand_as(mean)], dim=-1)
+
+    def get_value(self, obs: Tensor) -> Tensor:
+        """V(s), (N,)"""
+        return self.critic(self.obs_stats.normalize(obs)).squeeze(-1)
+
+    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Sample actions, or judge those given: action (N, ...), logprob, entropy, value (N,)."""
+        obs = self.obs_stats.normalize(obs)
+        mean, std = self.actor(obs), self.log_std.exp()
+        if action is None:
+            action = (mean + std * torch.randn_like(mean)).unflatten(-1, self.action_shape)
+        # log N(a; mean, std), summed over the dimensions
+        z = (action.flatten(1) - mean) / std
+        logprob = (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+        # H = sum log(std * sqrt(2 * pi * e))
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand_as(logprob)
+        return action, logprob, entropy, self.critic(obs).squeeze(-1)
+
+    def act(self, obs: Tensor, deterministic: bool = True) -> Tensor:
+        """Actions (N, ...): the means, or samples."""
+        if not deterministic:
+            return self.get_action_and_value(obs)[0]
+        return self.actor(self.obs_stats.normalize(obs)).unflatten(-1, self.action_shape)
+
+    @staticmethod
+    def kl(old_dist: Tensor, new_dist: Tensor) -> Tensor:
+        """KL[old || new] of two Gaussians, exact, (N,)."""
+        old_mean, old_log_std = old_dist.chunk(2, dim=-1)
+        new_mean, new_log_std = new_dist.chunk(2, dim=-1)
+        # sum log(s_new / s_old) + (s_old^2 + (m_old - m_new)^2) / (2 * s_new^2) - 1/2
+        square = (2 * old_log_std).exp() + (old_mean - new_mean) ** 2
+        kl = new_log_std - old_log_std + 0.5 * square * (-2 * new_log_std).exp() - 0.5
+        return kl.sum(dim=-1)
+
+
+# >>> shared: compute_gae
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation ([GAE] eq. 16, [PPO] eq. 11-12; detail 5).
+
+    All (T, N); row t is the transition from s_t to s_{t+1}. next_values[t] = V(s_{t+1}), taken
+    before any reset. terminations: s_{t+1} is terminal. dones: the episode ended here, by
+    termination or by truncation (a time limit). Returns advantages and returns, in the rewards'
+    dtype; returns are what the critic should have said.
+    """
+    values, next_values = values.to(rewards.dtype), next_values.to(rewards.dtype)
+    # delta_t = r_t + gamma * V(s_{t+1}) * (1 - termination_t) - V(s_t)
+    # (critical: after a time limit s_{t+1} still has a value, so terminations count, not dones)
+    deltas = rewards + gamma * next_values * (1 - terminations.to(rewards.dtype)) - values
+    # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}: row t+1 may be another episode's
+    decays = gamma * gae_lambda * (1 - dones.to(rewards.dtype))
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
+    return advantages, advantages + values
+
+
+# <<< shared: compute_gae
+
+
+# >>> shared: ppo_loss
+def ppo_loss(
+    new_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    new_values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    entropies: Tensor,
+    *,
+    clip_coef: float | None,
+    vf_clip_coef: float | None,
+    vf_coef: float,
+    ent_coef: float,
+    kl: Tensor | None = None,
+    kl_coef: float | Tensor = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's objective on a minibatch, as a loss to minimise ([PPO] eq. 6-9), and its statistics.
+
+    All tensors (M,). clip_coef None: plain surrogate r * A. vf_clip_coef None: plain squared
+    error. kl: exact KL[old || new] of each row, where it is penalised.
+    """
+    # r = pi_new(a|s) / pi_old(a|s)
+    logratio = new_logprobs - old_logprobs
+    ratio = logratio.exp()
+    # L_CLIP = E[min(r * A, clip(r, 1 - eps, 1 + eps) * A)] (detail 8): nothing to gain from moving
+    # r beyond 1 +- eps in A's favour; where r has moved the wrong way, the way back stays open.
+    surrogate = ratio * advantages
+    if clip_coef is not None:
+        clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+        surrogate = torch.min(surrogate, clipped_ratio * advantages)
+    policy_loss = -surrogate.mean()
+    # L_VF = 1/2 * E[(V - return)^2], or of the worse of V and V held near the old one (detail 9)
+    squared_error = (new_values - returns) ** 2
+    if vf_clip_coef is not None:
+        held_values = old_values + (new_values - old_values).clamp(-vf_clip_coef, vf_clip_coef)
+        squared_error = torch.max(squared_error, (held_values - returns) ** 2)
+    value_loss = 0.5 * squared_error.mean()
+    # loss = -L_CLIP + c1 * L_VF - c2 * H + beta * KL: what shall grow has a minus (detail 10)
+    entropy = entropies.mean()
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
+    if kl is not None:
+        loss = loss + kl_coef * kl.mean()
+    stats = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    # KL[old || new] estimated from old's samples (http://joschu.net/blog/kl-approx.html)
+    stats["approx_kl"] = ((ratio - 1) - logratio).mean()  # k3: never negative, low variance
+    stats["old_approx_kl"] = -logratio.mean()  # k1: unbiased, noisy
+    outside = (ratio - 1).abs() > (clip_coef if clip_coef is not None else math.inf)
+    stats["clipfrac"] = outside.to(ratio.dtype).mean()  # share of ratios beyond 1 +- eps
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def minibatch_loss(
+    agent: Agent, args: Args, mb: dict[str, Tensor], kl_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """ppo_loss of the rows mb for the agent as it is now; one function for --compile to fuse."""
+    _, new_logprobs, entropies, new_values = agent.get_action_and_value(mb["obs"], mb["actions"])
+    advantages = normalize_advantages(mb["advantages"]) if args.norm_adv else mb["advantages"]
+    rows = (new_logprobs, mb["logprobs"], advantages, new_values, mb["values"], mb["returns"])
+    clip_coef = args.clip_coef if args.surrogate == "clip" else None
+    clips = {"clip_coef": clip_coef, "vf_clip_coef": args.clip_coef if args.clip_vloss else None}
+    weights = {"vf_coef": args.vf_coef, "ent_coef": args.ent_coef, "kl_coef": kl_coef}
+    kl = agent.kl(mb["dist"], agent.get_dist(mb["obs"])) if "dist" in mb else None
+    return ppo_loss(*rows, entropies, kl=kl, **clips, **weights)
+
+
+def normalize_advantages(advantages: Tensor) -> Tensor:
+    """(A - mean) / std over the minibatch of all processes, (M,) (detail 7)."""
+    mean, var = all_moments(advantages)
+    return (advantages - mean) / (var.sqrt() + 1e-8)
+
+
+# <<< shared: ppo_loss
+
+
+# >>> shared: batch
+def discounted_returns(
+    rewards: Tensor, dones: Tensor, gamma: float, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """R_t = r_t + gamma * R_{t-1}, from 0 after an episode's end, (T, N), for reward scaling.
+
+    start (N,) is what the last call returned second, zeros at first (detail 30).
+    """
+    traces = torch.zeros_like(rewards)
+    for t in range(len(rewards)):
+        traces[t] = rewards[t] + gamma * start
+        start = traces[t] * (1 - dones[t])
+    return traces, start
+
+
+@torch.no_grad()
+def bootstrap_values(
+    agent: Agent, values: Tensor, next_obs: Tensor, truncations: Tensor, final_obs: Tensor
+) -> Tensor:
+    """V(s_{t+1}) of each row, (T, N), before any reset; of no meaning where the row terminated.
+
+    values (T, N); next_obs (N, ...) comes after the last row; final_obs (K, ...) ended the K rows
+    where truncations (T, N) is set. (critical: the row below those starts another episode.)
+    """
+    next_values = torch.cat([values[1:], agent.get_value(next_obs)[None]])
+    if len(final_obs):
+        next_values[truncations.bool()] = agent.get_value(final_obs)
+    return next_values
+
+
+# <<< shared: batch
+
+
+# >>> shared: records
+METRICS = (
+    "global_step charts/SPS charts/learning_rate charts/episodic_return charts/episodic_length "
+    "losses/value_loss losses/policy_loss losses/entropy losses/approx_kl losses/old_approx_kl "
+    "losses/clipfrac losses/explained_variance losses/grad_norm losses/kl_coef wall_time"
+).split()
+EPISODES = "global_step episodic_return episodic_length wall_time".split()
+PROGRESS = "iteration global_step wall_time kl_coef episodes solved_at_step wandb_id".split()
+
+
+class Run:
+    """A run's folder: CSV files, checkpoints, progress line; wandb; what Ctrl-C and faults do."""
+
+    def __init__(self, args: Args, stack: contextlib.ExitStack, **modules: Any) -> None:
+        """Create the folder, or restore the modules (anything with a state_dict) to resume."""
+        self.args, self.modules, self.wandb, self.files = args, modules, None, {}
+        self.iteration = self.global_step = self.signal = self.next_save = self.next_line = 0
+        self.wall_time, self.episodes, self.solved_at_step = 0.0, [], None
+        self.kl_coef = args.kl_coef if args.surrogate.startswith("kl") else 0.0
+        self.rank, self.wandb_id = int(os.environ.get("RANK", 0)), os.urandom(8).hex()
+        saved = load_checkpoint(args.resume) if args.resume else {}
+        for name, module in modules.items() if saved else ():
+            load_state(module, saved[name])
+        vars(self).update(saved.get("progress", {}))
+        self.began = time.time() - self.wall_time
+        self.folder = folder_of(args)
+        # Other processes, and a resumed run's environments, start from seeds of their own.
+        sequence = np.random.SeedSequence((args.seed, self.rank, self.iteration))
+        self.seed = int(sequence.generate_state(1)[0])
+        if self.rank:
+            torch.manual_seed(self.seed)
+            return
+        if saved:
+            torch.set_rng_state(saved["rng"])
+        versions = {m.__name__: str(m.__version__) for m in (torch, gym, np)}
+        config = vars(args) | {"python": sys.version, **versions}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name, columns in (("metrics.csv", METRICS), ("episodes.csv", EPISODES)):
+                file = open(self.folder / name, "a" if saved else "x")
+                self.files[name] = stack.enter_context(file)
+                file.truncate(saved.get(name, 0))  # rows after the checkpoint are trained again
+                print(*([] if saved else [",".join(columns)]), sep="\n", file=file)
+            write(self.folder / "config.json", json.dumps(config, indent=2).encode())
+            write(self.folder / "script.py", Path(__file__).read_bytes())
+        except OSError as error:
+            raise ValueError(f"--run-dir {self.folder}: cannot be written. {error}") from error
+        if args.track:
+            import wandb
+
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            where |= {"id": self.wandb_id, "name": self.folder.name, "dir": self.folder}
+            self.wandb = wandb.init(**where, config=config, resume="allow")
+            self.wandb.define_metric("*", step_metric="global_step")
+            self.wandb.save(self.folder / "script.py", base_path=self.folder, policy="now")
+        stack.push(self.on_exit)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
+        print(
+            f"{args.env_id}, seed {args.seed}, files in {self.folder}\n"
+            f"batch of {args.batch_size:,} = {args.num_envs} envs x {args.num_steps} steps, "
+            f"learned in {args.update_epochs} epochs x {args.num_minibatches} minibatches of "
+            f"{args.minibatch_size:,}\n{args.num_iterations:,} iterations = "
+            f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps",
+            flush=True,
+        )
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """End after this iteration; a second signal ends at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def on_exit(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.wandb:
+            self.wandb.finish(exit_code=int(error is not None))
+        if isinstance(error, Exception):
+            at = f"iteration {self.iteration}, after step {self.global_step}"
+            raise RuntimeError(f"{at}: {error!r}; files in {self.folder}") from error
+
+    def episode(self, step: int, episodic_return: float, length: int) -> None:
+        self.episodes = [*self.episodes[-99:], (float(episodic_return), int(length))]
+        if self.rank == 0:
+            row = (step, *self.episodes[-1], round(time.time() - self.began, 3))
+            print(*row, sep=",", file=self.files["episodes.csv"])
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Write a row of metrics; when it is time, a checkpoint and the progress line."""
+        if self.rank:
+            return
+        args, now, last = (
+            self.args,
+            time.time(),
+            self.signal or self.iteration == self.args.num_iterations,
+        )
+        self.wall_time = now - self.began
+        mean_return, mean_length = np.mean(self.episodes or [(np.nan, np.nan)], axis=0).tolist()
+        spec = gym.registry.get(args.env_id.split(":")[-1])
+        solved = spec and spec.reward_threshold and mean_return >= spec.reward_threshold
+        if solved and len(self.episodes) == 100 and self.solved_at_step is None:
+            self.solved_at_step = self.global_step
+        row = metrics | {"global_step": self.global_step, "losses/kl_coef": self.kl_coef}
+        row |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+        row |= {
+            "charts/SPS": round(self.global_step / self.wall_time),
+            "wall_time": round(self.wall_time, 3),
+        }
+        print(*(row[name] for name in METRICS), sep=",", file=self.files["metrics.csv"])
+        for file in self.files.values():
+            file.flush()
+        try:
+            self.wandb and self.wandb.log(row)
+        except Exception as error:
+            self.wandb = print(f"wandb is gone, training goes on: {error}", file=sys.stderr)
+        if now >= self.next_save or last:
+            state = {name: module.state_dict() for name, module in self.modules.items()}
+            state |= {name: file.tell() for name, file in self.files.items()}
+            state |= {"script": Args.exp_name, "args": vars(args), "rng": torch.get_rng_state()}
+            state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write(self.folder / "checkpoint.pt", buffer.getvalue())
+            self.next_save = time.time() + 100 * (time.time() - now)  # about 1% of the time
+        if now >= self.next_line or last:
+            share, terminal = self.iteration / args.num_iterations, sys.stdout.isatty()
+            line = (
+                f"{share:4.0%} {self.global_step:,} steps, {row['charts/SPS']:,} SPS, "
+                f"{self.wall_time * (1 / share - 1):.0f} s left, return {mean_return:.1f}, "
+                f"KL {row['losses/approx_kl']:.4f}, clipped {row['losses/clipfrac']:.2f}, "
+                f"explained {row['losses/explained_variance']:.2f}"
+            )
+            print(f"{line:<99}", end="\r" if terminal and not last else "\n", flush=True)
+            self.next_line = now + (1 if terminal else 10)
+
+
+def folder_of(args: Args) -> Path:
+    if path := args.resume or args.evaluate:
+        return Path(path).parent if Path(path).is_file() else Path(path)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    folder = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--run-dir {folder}: is not empty; name a new folder")
+    return folder
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name, flushed to disk, renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Read this script's checkpoint from a file or run folder; runs no code that it may hold."""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != Args.exp_name:
+            raise ValueError(f"It was written by {checkpoint['script']}.py.")
+        Args(**checkpoint["args"]).check()
+    except Exception as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"{file}: is no checkpoint for this script. {reason}") from error
+    return checkpoint
+
+
+def load_state(module: Any, state: dict[str, Any]) -> None:
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the checkpoint does not fit this network: {' '.join(str(error).split())}"
+        ) from error
+
+
+def check_finite(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(f"{name} is NaN or infinite")
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, Any]:
+    """Play an episode in each of --eval-episodes fresh environments, seeded from --seed alone.
+
+    One in each, as the first so many to end would favour short ones. Statistics stay frozen, and
+    training's random numbers untouched. Episodes longer than 27,000 steps are cut.
+    """
+    device, n = next(agent.parameters()).device, args.eval_episodes
+    envs = make_envs(args, n, videos)
+    returns, lengths, playing = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
+    with torch.random.fork_rng([device] if args.cuda else []), contextlib.closing(envs):
+        torch.manual_seed(args.seed)
+        obs, _ = envs.reset(seed=args.seed + 1_000_000)
+        while playing.any() and lengths.max() < 27_000:
+            action = agent.act(torch.as_tensor(obs, device=device), agent.eval_deterministic)
+            obs, _, _, _, infos = envs.step(action.cpu().numpy())
+            ended = playing & infos.get("_episode", False)
+            returns = np.where(playing, envs.episode_returns, returns)
+            returns = np.where(ended, infos.get("episode", {}).get("r", 0), returns)
+            lengths += playing
+            playing &= ~ended
+    mean, std = float(returns.mean()), float(returns.std())
+    summary = {"eval_return_mean": mean, "eval_return_std": std, "eval_episodes": n}
+    return summary | {
+        "returns": returns.tolist(),
+        "lengths": lengths.tolist(),
+        "cut": playing.tolist(),
+    }
+
+
+# <<< shared: records
+
+
+# >>> shared: ppo
+def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, Run]:
+    """Train an agent. T steps, N environments (of this process), B = T * N rows, M a minibatch."""
+    device = torch.device("cuda" if args.cuda else "cpu")
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.manual_seed(args.seed)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    envs = make_envs(args, args.num_envs // world_size, video_folder(args))
+    stack.callback(envs.close)
+    agent = Agent(envs).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
+    reward_stats = RunningMeanStd().to(device)
+    run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
+    policy, loss_function = agent.get_action_and_value, minibatch_loss
+    if args.compile:
+        policy, loss_function = torch.compile(policy), torch.compile(loss_function)
+
+    T, N = args.num_steps, envs.num_envs
+    B = T * N
+    uint8 = envs.single_observation_space.dtype == np.uint8
+    obs_dtype = torch.uint8 if uint8 else torch.float32
+    seed = run.seed if args.resume else args.seed + run.rank * N
+    next_obs = torch.as_tensor(envs.reset(seed=seed)[0], dtype=obs_dtype, device=device)  # (N, ...)
+    running_returns = torch.zeros(N, device=device)
+
+    for run.iteration in range(run.iteration + 1, args.num_iterations + 1):
+        # ---- Phase 1: anneal (detail 4)
+        remaining = 1 - (run.iteration - 1) / args.num_iterations
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        # ---- Phase 2: rollout
+        decisions, outcomes, final_obs = [], [], []
+        for t in range(T):
+            with torch.no_grad():
+                action, logprob, _, value = policy(next_obs)
+            decisions.append((next_obs, action, logprob, value))
+            # Fetching the actions is the rollout's only wait for a GPU.
+            next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
+            next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
+            truncated &= ~terminated
+            outcomes.append((reward, terminated, truncated))
+            final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated)]
+            for i in np.flatnonzero(infos.get("_episode", ())):
+                step = run.global_step + (t + 1) * args.num_envs
+                run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
+        run.global_step += args.batch_size
+        obs, actions, logprobs, values = (torch.stack(x) for x in zip(*decisions, strict=True))
+        outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
+        rewards, terminations, truncations = outcomes.unbind(dim=1)  # each (T, N)
+        dones = terminations + truncations
+        check_finite(observation=obs, reward=rewards)
+        final_obs = torch.as_tensor(np.array(final_obs), dtype=obs_dtype, device=device)  # (K, ...)
+        if args.norm_reward:
+            traces, running_returns = discounted_returns(
+                rewards, dones, args.gamma, running_returns
+            )
+            reward_stats.update(traces.flatten())
+            rewards = (rewards / reward_stats.std()).float()
+
+        batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
+        b = {name: x.flatten(0, 1) for name, x in batch.items()}  # (T, N, ...) -> (B, ...)
+        if run.kl_coef:
+            b["dist"] = agent.get_dist(b["obs"]).detach()
+        minibatches = []
+        for epoch in range(args.update_epochs):
+            # ---- Phase 3: advantages
+            if epoch == 0 or args.recompute_advantages:
+                values = agent.get_value(b["obs"]).detach().view(T, N) if epoch else values
+                next_values = bootstrap_values(agent, values, next_obs, truncations, final_obs)
+                advantages, returns = compute_gae(
+                    rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
+                )
+                b["advantages"], b["returns"] = advantages.flatten(), returns.flatten()
+                b["values"] = values.flatten()
+            # ---- Phase 4: update
+            for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
+                mb = {name: x[rows] for name, x in b.items()}  # (M, ...)
+                loss, stats = loss_function(agent, args, mb, run.kl_coef)
+                optimizer.zero_grad()
+                loss.backward()
+                average_gradients(agent)
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                check_finite(**({} if args.cuda else {"loss": loss, "gradient": grad_norm}))
+                optimizer.step()
+                minibatches.append(stats | {"grad_norm": grad_norm})
+            kls = [stats["approx_kl"] for stats in minibatches[-args.num_minibatches :]]
+            if args.target_kl is not None and all_mean(torch.stack(kls).mean()) > args.target_kl:
+                break
+        if args.surrogate == "kl-adaptive":
+            kl = all_mean(agent.kl(b["dist"], agent.get_dist(b["obs"])).mean().detach())
+            run.kl_coef *= (
+                0.5 if kl < args.kl_target / 1.5 else 2 if kl > args.kl_target * 1.5 else 1
+            )
+
+        # ---- Phase 5: record
+        metrics = {
+            f"losses/{name}": torch.stack([stats[name] for stats in minibatches]).mean().item()
+            for name in minibatches[0]
+        }
+        explained_variance = 1 - (returns - values).var() / returns.var()
+        metrics |= {"losses/explained_variance": explained_variance.item()}
+        metrics |= {"charts/learning_rate": learning_rate}
+        check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
+        if args.norm_obs:
+            agent.obs_stats.update(b["obs"])
+        run.record(metrics)
+        if all_mean(torch.tensor(float(run.signal), device=device)):
+            break
+    return agent, run
+
+
+def average_gradients(agent: Agent) -> None:
+    """With torchrun, average the gradients over all processes, in one collective call."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in agent.parameters()]
+        mean = all_mean(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(mean, gradients)
+
+
+# <<< shared: ppo
+
+
+# >>> shared: main
+def train(args: Args) -> str:
+    """Train, evaluate, write summary.json; returns the run folder.
+
+    Raises ValueError where `args` cannot be run, RuntimeError where training fails (it names the
+    step), SystemExit after Ctrl-C (130) or SIGTERM (143), when everything is saved.
+    """
+    args = resumed(args, unset=Args()) if args.resume else args
+    args.check()
+    args.run_dir = str(folder_of(args))
+    with contextlib.ExitStack() as stack:
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if args.cuda else "gloo")
+            stack.callback(dist.destroy_process_group)
+        agent, run = ppo(args, stack)
+        if run.signal:
+            print(f"stopped; go on with --resume {run.folder}", flush=True)
+            raise SystemExit(128 + run.signal)
+        if run.rank == 0:
+            result = evaluate(agent, args) if args.eval_episodes else {}
+            returns = [episodic_return for episodic_return, _ in run.episodes]
+            summary = {
+                "global_step": run.global_step,
+                "wall_time": run.wall_time,
+                "SPS": run.global_step / run.wall_time,
+                "train_return_last100": float(np.mean(returns)) if returns else None,
+                "eval_return_mean": result.get("eval_return_mean"),
+                "eval_return_std": result.get("eval_return_std"),
+                "eval_episodes": args.eval_episodes,
+                "solved_at_step": run.solved_at_step,
+            }
+            write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
+            print(f"{json.dumps(summary)}\nfiles in {run.folder}")
+    return str(run.folder)
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """--evaluate: write evaluation.json into the run folder and print the mean."""
+    args.check()
+    state, folder = load_checkpoint(args.evaluate)["agent"], folder_of(args)
+    with contextlib.closing(make_envs(args, 1)) as envs:
+        agent = Agent(envs)
+    load_state(agent, state)
+    result = evaluate(agent.to("cuda" if args.cuda else "cpu"), args, video_folder(args))
+    write(folder / "evaluation.json", json.dumps(result, indent=2).encode())
+    print(*(f"{name}={value}" for name, value in result.items() if name.startswith("eval")))
+
+
+def video_folder(args: Args) -> Path | None:
+    return folder_of(args) / "videos" / f"{int(time.time())}" if args.capture_video else None
+
+
+def resumed(args: Args, unset: Args) -> Args:
+    """The checkpoint's arguments with what `args` may change; `unset` is what args not given are."""
+    saved = load_checkpoint(args.resume or args.evaluate)["args"]
+    free = {"resume", "evaluate", "cuda", "torch_threads"}
+    free |= {"total_timesteps"} if args.resume else {"eval_episodes", "seed", "capture_video"}
+    given = {k: v for k, v in vars(args).items() if v != getattr(unset, k)}
+    for name, value in given.items():
+        grows = name == "total_timesteps" and value >= saved[name]
+        if value != saved[name] and not (grows or name in free - {"total_timesteps"}):
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise ValueError(f"{flag}: contradicts the run's {saved[name]}; leave it out")
+    return replace(Args(**saved), **{"resume": args.resume, "evaluate": args.evaluate, **given})
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on stderr and exit code 2."""
+    try:
+        args = tyro.cli(Args)
+        if path := args.resume or args.evaluate:
+            unset = Args(**load_checkpoint(path)["args"])
+            args = resumed(tyro.cli(Args, default=unset), unset)
+        evaluate_checkpoint(args) if args.evaluate else train(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, (FloatingPointError, OSError)):
+            traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+# <<< shared: main
+
+
+if __name__ == "__main__":
+    main()
