@@ -62,7 +62,7 @@ from torch import Tensor, nn
 class Args:
     # What to run
     env_id: str = "CartPole-v1"
-    """environment; "my_module:MyEnv-v0" imports my_module first (beside the script or PYTHONPATH)"""
+    """environment; "my_module:MyEnv-v0" imports my_module (beside the script or PYTHONPATH)"""
     total_timesteps: int = 150_000
     """steps of all environments together, rounded down to whole batches"""
     seed: int = 1
@@ -96,7 +96,7 @@ class Args:
     norm_adv: bool = True
     """normalise advantages in each minibatch: step sizes do not depend on the size of rewards"""
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"
-    """how policy steps are kept small: clipped ratio, penalty on the KL divergence, or not at all"""
+    """how policy steps are kept small: clipped ratio, penalty on the KL, or not at all"""
     clip_coef: float = 0.2
     """epsilon: probability ratios gain nothing beyond 1 +- epsilon; smaller is safer; 0.1 to 0.3"""
     kl_coef: float = 1.0
@@ -112,7 +112,7 @@ class Args:
     ent_coef: float = 0.0
     """weight of the entropy bonus; raise it where the policy settles too soon; 0 to 0.02"""
     max_grad_norm: float = 0.5
-    """longer gradients are cut to this length; raise it where grad_norm is always above; 0.5 to 5"""
+    """longer gradients are cut to this length; raise it if grad_norm is always above; 0.5 to 5"""
     # Machine
     cuda: bool = field(default_factory=torch.cuda.is_available)
     """compute on the GPU, by default where there is one; small networks are faster on the CPU"""
@@ -201,7 +201,7 @@ def env_errors(env_id: str) -> Iterator[None]:
         reason = " ".join(f"{error}".split()) or repr(error)
         if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
             reason += " For Atari games use ppo_atari.py."
-        raise ValueError(f"--env-id {env_id}: cannot be built. {reason}") from error
+        raise ValueError(f"--env-id {env_id}: {reason}") from error
 
 
 # <<< shared: env_errors
@@ -252,7 +252,7 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 def all_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance over the rows of all processes' x, (rows, ...) -> (...) twice."""
+    """Mean and population variance over the rows of x, (rows, ...), in all processes; each (...)."""
     var, own_mean = torch.var_mean(x, dim=0, correction=0)
     mean = all_mean(own_mean.clone())
     return mean, all_mean(var + (own_mean - mean) ** 2)
@@ -348,7 +348,7 @@ class Agent(nn.Module):
         return (old_dist.exp() * (old_dist - new_dist)).sum(dim=-1)
 
 
-# >>> shared: compute_gae
+# >>> shared: algorithm
 def compute_gae(
     rewards: Tensor,
     values: Tensor,
@@ -378,10 +378,6 @@ def compute_gae(
     return advantages, advantages + values
 
 
-# <<< shared: compute_gae
-
-
-# >>> shared: ppo_loss
 def ppo_loss(
     new_logprobs: Tensor,
     old_logprobs: Tensor,
@@ -453,10 +449,6 @@ def normalize_advantages(advantages: Tensor) -> Tensor:
     return (advantages - mean) / (var.sqrt() + 1e-8)
 
 
-# <<< shared: ppo_loss
-
-
-# >>> shared: batch
 def discounted_returns(
     rewards: Tensor, dones: Tensor, gamma: float, start: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -486,16 +478,13 @@ def bootstrap_values(
     return next_values
 
 
-# <<< shared: batch
-
-
-# >>> shared: records
 METRICS = (
     "global_step charts/SPS charts/learning_rate charts/episodic_return charts/episodic_length "
     "losses/value_loss losses/policy_loss losses/entropy losses/approx_kl losses/old_approx_kl "
     "losses/clipfrac losses/explained_variance losses/grad_norm losses/kl_coef wall_time"
 ).split()
 EPISODES = "global_step episodic_return episodic_length wall_time".split()
+EVALUATION = "eval_return_mean eval_return_std eval_episodes".split()
 PROGRESS = "iteration global_step wall_time kl_coef episodes solved_at_step wandb_id".split()
 
 
@@ -508,14 +497,15 @@ class Run:
         self.iteration = self.global_step = self.signal = self.next_save = self.next_line = 0
         self.wall_time, self.episodes, self.solved_at_step = 0.0, [], None
         self.kl_coef = args.kl_coef if args.surrogate.startswith("kl") else 0.0
-        self.rank, self.wandb_id = int(os.environ.get("RANK", 0)), os.urandom(8).hex()
+        self.folder, self.wandb_id = Path(args.run_dir), os.urandom(8).hex()
         saved = load_checkpoint(args.resume) if args.resume else {}
         for name, module in modules.items() if saved else ():
             load_state(module, saved[name])
         vars(self).update(saved.get("progress", {}))
-        self.began = time.time() - self.wall_time
-        self.folder = folder_of(args)
-        # Other processes, and a resumed run's environments, start from seeds of their own.
+        self.began, self.resumed = time.time() - self.wall_time, time.time()
+        self.sps, self.first_step = 0.0, self.global_step
+        # Seeds of their own for other processes and for the environments of a resumed run
+        self.rank = int(os.environ.get("RANK", 0))
         sequence = np.random.SeedSequence((args.seed, self.rank, self.iteration))
         self.seed = int(sequence.generate_state(1)[0])
         if self.rank:
@@ -523,15 +513,15 @@ class Run:
             return
         if saved:
             torch.set_rng_state(saved["rng"])
-        versions = {m.__name__: str(m.__version__) for m in (torch, gym, np)}
-        config = vars(args) | {"python": sys.version, **versions}
+        versions = {module.__name__: str(module.__version__) for module in (torch, gym, np)}
+        config = vars(args) | {"versions": versions | {"python": sys.version}}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, columns in (("metrics.csv", METRICS), ("episodes.csv", EPISODES)):
                 file = open(self.folder / name, "a" if saved else "x")
                 self.files[name] = stack.enter_context(file)
                 file.truncate(saved.get(name, 0))  # rows after the checkpoint are trained again
-                print(*([] if saved else [",".join(columns)]), sep="\n", file=file)
+                file.write("" if saved else ",".join(columns) + "\n")
             write(self.folder / "config.json", json.dumps(config, indent=2).encode())
             write(self.folder / "script.py", Path(__file__).read_bytes())
         except OSError as error:
@@ -539,22 +529,22 @@ class Run:
         if args.track:
             import wandb
 
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            where |= {"id": self.wandb_id, "name": self.folder.name, "dir": self.folder}
-            self.wandb = wandb.init(**where, config=config, resume="allow")
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            names |= {"id": self.wandb_id, "name": self.folder.name, "dir": self.folder}
+            self.wandb = wandb.init(**names, config=config, resume="allow")
             self.wandb.define_metric("*", step_metric="global_step")
             self.wandb.save(self.folder / "script.py", base_path=self.folder, policy="now")
         stack.push(self.on_exit)
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread
+            with contextlib.suppress(ValueError):  # only the main thread may
                 stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
+        print(f"{args.env_id}, seed {args.seed}, files in {self.folder}")
         print(
-            f"{args.env_id}, seed {args.seed}, files in {self.folder}\n"
-            f"batch of {args.batch_size:,} = {args.num_envs} envs x {args.num_steps} steps, "
-            f"learned in {args.update_epochs} epochs x {args.num_minibatches} minibatches of "
-            f"{args.minibatch_size:,}\n{args.num_iterations:,} iterations = "
-            f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps",
-            flush=True,
+            f"{args.num_iterations:,} iterations: {args.total_timesteps:,} steps in whole batches"
+        )
+        print(f"batch: {args.batch_size:,} = {args.num_envs} envs x {args.num_steps} steps")
+        print(
+            f"updates: {args.update_epochs} epochs x {args.num_minibatches} minibatches", flush=True
         )
 
     def on_signal(self, number: int, frame: object) -> None:
@@ -576,62 +566,51 @@ class Run:
             print(*row, sep=",", file=self.files["episodes.csv"])
 
     def record(self, metrics: dict[str, float]) -> None:
-        """Write a row of metrics; when it is time, a checkpoint and the progress line."""
+        """Write the iteration's row; when it is time, a checkpoint and the progress line."""
         if self.rank:
             return
-        args, now, last = (
-            self.args,
-            time.time(),
-            self.signal or self.iteration == self.args.num_iterations,
-        )
+        args, now, done = self.args, time.time(), self.iteration / self.args.num_iterations
         self.wall_time = now - self.began
+        self.sps = (self.global_step - self.first_step) / (now - self.resumed)
         mean_return, mean_length = np.mean(self.episodes or [(np.nan, np.nan)], axis=0).tolist()
         spec = gym.registry.get(args.env_id.split(":")[-1])
-        solved = spec and spec.reward_threshold and mean_return >= spec.reward_threshold
-        if solved and len(self.episodes) == 100 and self.solved_at_step is None:
+        threshold = spec.reward_threshold if spec and spec.reward_threshold else math.inf
+        if self.solved_at_step is None and len(self.episodes) == 100 and mean_return >= threshold:
             self.solved_at_step = self.global_step
         row = metrics | {"global_step": self.global_step, "losses/kl_coef": self.kl_coef}
         row |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-        row |= {
-            "charts/SPS": round(self.global_step / self.wall_time),
-            "wall_time": round(self.wall_time, 3),
-        }
+        row |= {"charts/SPS": round(self.sps), "wall_time": round(self.wall_time, 3)}
         print(*(row[name] for name in METRICS), sep=",", file=self.files["metrics.csv"])
         for file in self.files.values():
             file.flush()
-        try:
-            self.wandb and self.wandb.log(row)
-        except Exception as error:
-            self.wandb = print(f"wandb is gone, training goes on: {error}", file=sys.stderr)
+        if self.wandb:
+            try:
+                self.wandb.log(row)
+            except Exception as error:
+                self.wandb = None
+                print(f"wandb is gone, training goes on: {error}", file=sys.stderr)
+        last = self.signal or done == 1
         if now >= self.next_save or last:
-            state = {name: module.state_dict() for name, module in self.modules.items()}
-            state |= {name: file.tell() for name, file in self.files.items()}
-            state |= {"script": Args.exp_name, "args": vars(args), "rng": torch.get_rng_state()}
-            state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write(self.folder / "checkpoint.pt", buffer.getvalue())
-            self.next_save = time.time() + 100 * (time.time() - now)  # about 1% of the time
+            self.save()
+            self.next_save = time.time() + 100 * (time.time() - now)  # 1% of the time
         if now >= self.next_line or last:
-            share, terminal = self.iteration / args.num_iterations, sys.stdout.isatty()
-            line = (
-                f"{share:4.0%} {self.global_step:,} steps, {row['charts/SPS']:,} SPS, "
-                f"{self.wall_time * (1 / share - 1):.0f} s left, return {mean_return:.1f}, "
-                f"KL {row['losses/approx_kl']:.4f}, clipped {row['losses/clipfrac']:.2f}, "
-                f"explained {row['losses/explained_variance']:.2f}"
-            )
-            print(f"{line:<99}", end="\r" if terminal and not last else "\n", flush=True)
+            terminal = sys.stdout.isatty()
             self.next_line = now + (1 if terminal else 10)
+            left = (args.num_iterations * args.batch_size - self.global_step) / self.sps
+            line = f"{done:4.0%} {self.global_step:,} steps, {self.sps:,.0f} SPS, {left:.0f} s left"
+            line += f", return {mean_return:.1f}, KL {metrics['losses/approx_kl']:.4f}"
+            line += f", clipped {metrics['losses/clipfrac']:.2f}"
+            line += f", explained {metrics['losses/explained_variance']:.2f}"
+            print(f"{line:<99}", end="\r" if terminal and not last else "\n", flush=True)
 
-
-def folder_of(args: Args) -> Path:
-    if path := args.resume or args.evaluate:
-        return Path(path).parent if Path(path).is_file() else Path(path)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    folder = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--run-dir {folder}: is not empty; name a new folder")
-    return folder
+    def save(self) -> None:
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {name: file.tell() for name, file in self.files.items()}
+        state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
+        state |= {"script": Args.exp_name, "args": vars(self.args), "rng": torch.get_rng_state()}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write(self.folder / "checkpoint.pt", buffer.getvalue())
 
 
 def write(path: Path, content: bytes) -> None:
@@ -644,6 +623,22 @@ def write(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def folder_of(args: Args) -> Path:
+    if path := args.resume or args.evaluate:
+        return Path(path).parent if Path(path).is_file() else Path(path)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    folder = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+    if os.environ.get("RANK", "0") == "0" and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--run-dir {folder}: is not empty; name a new folder")
+    return folder
+
+
+def video_folder(args: Args) -> Path | None:
+    """A new folder for each start, as the films of an earlier one keep their names."""
+    folder = Path(args.run_dir, "videos", f"started-{int(time.time())}")
+    return folder if args.capture_video else None
+
+
 def load_checkpoint(path: str) -> dict[str, Any]:
     """Read this script's checkpoint from a file or run folder; runs no code that it may hold."""
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
@@ -651,7 +646,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if checkpoint["script"] != Args.exp_name:
             raise ValueError(f"It was written by {checkpoint['script']}.py.")
-        Args(**checkpoint["args"]).check()
+        Args(**checkpoint["args"])
     except Exception as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise ValueError(f"{file}: is no checkpoint for this script. {reason}") from error
@@ -661,16 +656,23 @@ def load_checkpoint(path: str) -> dict[str, Any]:
 def load_state(module: Any, state: dict[str, Any]) -> None:
     try:
         module.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the checkpoint does not fit this network: {' '.join(str(error).split())}"
-        ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the checkpoint is for another network. {reason}") from error
 
 
-def check_finite(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if not x.isfinite().all():
-            raise FloatingPointError(f"{name} is NaN or infinite")
+def resumed_args(args: Args, unset: Args) -> Args:
+    """The checkpoint's arguments with what `args` may change. `unset`: values of flags not given."""
+    saved = load_checkpoint(args.resume or args.evaluate)["args"]
+    free = {"resume", "evaluate", "cuda", "torch_threads"}
+    free |= {"total_timesteps"} if args.resume else {"eval_episodes", "seed", "capture_video"}
+    given = {name: value for name, value in vars(args).items() if value != getattr(unset, name)}
+    for name, value in given.items():
+        shrinks = name == "total_timesteps" and value < saved[name]
+        if value != saved[name] and (name not in free or shrinks):
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise ValueError(f"{flag}: contradicts the run's {saved[name]}; leave it out")
+    return replace(Args(**saved), **{"resume": args.resume, "evaluate": args.evaluate} | given)
 
 
 @torch.no_grad()
@@ -681,6 +683,8 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
     training's random numbers untouched. Episodes longer than 27,000 steps are cut.
     """
     device, n = next(agent.parameters()).device, args.eval_episodes
+    if n == 0:
+        return dict.fromkeys(EVALUATION) | {"eval_episodes": 0}
     envs = make_envs(args, n, videos)
     returns, lengths, playing = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
     with torch.random.fork_rng([device] if args.cuda else []), contextlib.closing(envs):
@@ -690,30 +694,36 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
             action = agent.act(torch.as_tensor(obs, device=device), agent.eval_deterministic)
             obs, _, _, _, infos = envs.step(action.cpu().numpy())
             ended = playing & infos.get("_episode", False)
-            returns = np.where(playing, envs.episode_returns, returns)
-            returns = np.where(ended, infos.get("episode", {}).get("r", 0), returns)
+            final = infos["episode"]["r"] if ended.any() else returns
+            returns = np.where(ended, final, np.where(playing, envs.episode_returns, returns))
             lengths += playing
             playing &= ~ended
-    mean, std = float(returns.mean()), float(returns.std())
-    summary = {"eval_return_mean": mean, "eval_return_std": std, "eval_episodes": n}
-    return summary | {
-        "returns": returns.tolist(),
-        "lengths": lengths.tolist(),
-        "cut": playing.tolist(),
-    }
+    numbers = (float(returns.mean()), float(returns.std()), n)
+    episodes = {"returns": returns.tolist(), "lengths": lengths.tolist(), "cut": playing.tolist()}
+    return dict(zip(EVALUATION, numbers, strict=True)) | episodes
 
 
-# <<< shared: records
+def average_gradients(agent: Agent) -> None:
+    """Average the gradients over all processes of torchrun, in one collective call."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in agent.parameters()]
+        mean = all_mean(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(mean, gradients)
 
 
-# >>> shared: ppo
-def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, Run]:
+def check_finite(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(f"{name} is NaN or infinite")
+
+
+def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     """Train an agent. T steps, N environments (of this process), B = T * N rows, M a minibatch."""
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     envs = make_envs(args, args.num_envs // world_size, video_folder(args))
     stack.callback(envs.close)
     agent = Agent(envs).to(device)
@@ -728,14 +738,15 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, Run]:
     B = T * N
     uint8 = envs.single_observation_space.dtype == np.uint8
     obs_dtype = torch.uint8 if uint8 else torch.float32
-    seed = run.seed if args.resume else args.seed + run.rank * N
-    next_obs = torch.as_tensor(envs.reset(seed=seed)[0], dtype=obs_dtype, device=device)  # (N, ...)
+    next_obs, _ = envs.reset(seed=run.seed if args.resume else args.seed + rank * N)
+    next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)  # (N, ...)
     running_returns = torch.zeros(N, device=device)
 
-    for run.iteration in range(run.iteration + 1, args.num_iterations + 1):
+    for iteration in range(run.iteration + 1, args.num_iterations + 1):
+        run.iteration = iteration
         # ---- Phase 1: anneal (detail 4)
-        remaining = 1 - (run.iteration - 1) / args.num_iterations
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1.0)
+        remaining = 1 - (iteration - 1) / args.num_iterations
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ---- Phase 2: rollout
@@ -747,19 +758,22 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, Run]:
             # Fetching the actions is the rollout's only wait for a GPU.
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
             next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
-            truncated &= ~terminated
+            truncated = truncated & ~terminated
             outcomes.append((reward, terminated, truncated))
             final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated)]
             for i in np.flatnonzero(infos.get("_episode", ())):
                 step = run.global_step + (t + 1) * args.num_envs
                 run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
         run.global_step += args.batch_size
-        obs, actions, logprobs, values = (torch.stack(x) for x in zip(*decisions, strict=True))
+        obs, actions, logprobs, values = map(
+            torch.stack, zip(*decisions, strict=True)
+        )  # (T, N, ...)
         outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
         rewards, terminations, truncations = outcomes.unbind(dim=1)  # each (T, N)
+        # (K, ...), of the K rows that a time limit ended
+        final_obs = torch.as_tensor(np.array(final_obs), dtype=obs_dtype, device=device)
         dones = terminations + truncations
         check_finite(observation=obs, reward=rewards)
-        final_obs = torch.as_tensor(np.array(final_obs), dtype=obs_dtype, device=device)  # (K, ...)
         if args.norm_reward:
             traces, running_returns = discounted_returns(
                 rewards, dones, args.gamma, running_returns
@@ -767,79 +781,72 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, Run]:
             reward_stats.update(traces.flatten())
             rewards = (rewards / reward_stats.std()).float()
 
+        # (T, N, ...) -> (B, ...)
         batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
-        b = {name: x.flatten(0, 1) for name, x in batch.items()}  # (T, N, ...) -> (B, ...)
+        batch = {name: x.flatten(0, 1) for name, x in batch.items()}
         if run.kl_coef:
-            b["dist"] = agent.get_dist(b["obs"]).detach()
+            batch["dist"] = agent.get_dist(batch["obs"]).detach()
         minibatches = []
         for epoch in range(args.update_epochs):
             # ---- Phase 3: advantages
             if epoch == 0 or args.recompute_advantages:
-                values = agent.get_value(b["obs"]).detach().view(T, N) if epoch else values
+                if epoch > 0:
+                    values = agent.get_value(batch["obs"]).detach().view(T, N)
                 next_values = bootstrap_values(agent, values, next_obs, truncations, final_obs)
                 advantages, returns = compute_gae(
                     rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
                 )
-                b["advantages"], b["returns"] = advantages.flatten(), returns.flatten()
-                b["values"] = values.flatten()
+                for name, x in (
+                    ("advantages", advantages),
+                    ("returns", returns),
+                    ("values", values),
+                ):
+                    batch[name] = x.flatten()
             # ---- Phase 4: update
             for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
-                mb = {name: x[rows] for name, x in b.items()}  # (M, ...)
+                mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
                 loss, stats = loss_function(agent, args, mb, run.kl_coef)
                 optimizer.zero_grad()
                 loss.backward()
                 average_gradients(agent)
                 grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                check_finite(**({} if args.cuda else {"loss": loss, "gradient": grad_norm}))
+                if not args.cuda:  # a GPU would have to wait for this; it is checked below
+                    check_finite(loss=loss, gradient=grad_norm)
                 optimizer.step()
                 minibatches.append(stats | {"grad_norm": grad_norm})
             kls = [stats["approx_kl"] for stats in minibatches[-args.num_minibatches :]]
             if args.target_kl is not None and all_mean(torch.stack(kls).mean()) > args.target_kl:
                 break
-        if args.surrogate == "kl-adaptive":
-            kl = all_mean(agent.kl(b["dist"], agent.get_dist(b["obs"])).mean().detach())
-            run.kl_coef *= (
-                0.5 if kl < args.kl_target / 1.5 else 2 if kl > args.kl_target * 1.5 else 1
-            )
+        if args.surrogate == "kl-adaptive":  # [PPO] section 4
+            kl = all_mean(agent.kl(batch["dist"], agent.get_dist(batch["obs"])).detach().mean())
+            run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
+            run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
 
-        # ---- Phase 5: record
-        metrics = {
-            f"losses/{name}": torch.stack([stats[name] for stats in minibatches]).mean().item()
-            for name in minibatches[0]
-        }
-        explained_variance = 1 - (returns - values).var() / returns.var()
-        metrics |= {"losses/explained_variance": explained_variance.item()}
-        metrics |= {"charts/learning_rate": learning_rate}
+        # ---- Phase 5: record (means over all minibatches)
+        metrics = {"charts/learning_rate": learning_rate}
+        for name in minibatches[0]:
+            mean = torch.stack([stats[name] for stats in minibatches]).mean()
+            metrics[f"losses/{name}"] = mean.item()
         check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
+        explained = 1 - (returns - values).var() / returns.var()
+        metrics["losses/explained_variance"] = explained.item()
         if args.norm_obs:
-            agent.obs_stats.update(b["obs"])
+            agent.obs_stats.update(batch["obs"])
         run.record(metrics)
         if all_mean(torch.tensor(float(run.signal), device=device)):
             break
     return agent, run
 
 
-def average_gradients(agent: Agent) -> None:
-    """With torchrun, average the gradients over all processes, in one collective call."""
-    if dist.is_initialized():
-        gradients = [parameter.grad for parameter in agent.parameters()]
-        mean = all_mean(nn.utils.parameters_to_vector(gradients))
-        nn.utils.vector_to_parameters(mean, gradients)
-
-
-# <<< shared: ppo
-
-
-# >>> shared: main
 def train(args: Args) -> str:
     """Train, evaluate, write summary.json; returns the run folder.
 
     Raises ValueError where `args` cannot be run, RuntimeError where training fails (it names the
     step), SystemExit after Ctrl-C (130) or SIGTERM (143), when everything is saved.
     """
-    args = resumed(args, unset=Args()) if args.resume else args
+    args = resumed_args(args, unset=Args()) if args.resume else args
     args.check()
-    args.run_dir = str(folder_of(args))
+    args = replace(args, run_dir=str(folder_of(args)))
     with contextlib.ExitStack() as stack:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("nccl" if args.cuda else "gloo")
@@ -849,51 +856,28 @@ def train(args: Args) -> str:
             print(f"stopped; go on with --resume {run.folder}", flush=True)
             raise SystemExit(128 + run.signal)
         if run.rank == 0:
-            result = evaluate(agent, args) if args.eval_episodes else {}
+            result = evaluate(agent, args)
             returns = [episodic_return for episodic_return, _ in run.episodes]
-            summary = {
-                "global_step": run.global_step,
-                "wall_time": run.wall_time,
-                "SPS": run.global_step / run.wall_time,
-                "train_return_last100": float(np.mean(returns)) if returns else None,
-                "eval_return_mean": result.get("eval_return_mean"),
-                "eval_return_std": result.get("eval_return_std"),
-                "eval_episodes": args.eval_episodes,
-                "solved_at_step": run.solved_at_step,
-            }
+            summary = {"global_step": run.global_step, "wall_time": run.wall_time, "SPS": run.sps}
+            summary["train_return_last100"] = float(np.mean(returns)) if returns else None
+            summary |= {name: result[name] for name in EVALUATION}
+            summary["solved_at_step"] = run.solved_at_step
             write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
-            print(f"{json.dumps(summary)}\nfiles in {run.folder}")
+            print(*(f"{name}={value}" for name, value in summary.items()))
+            print(f"files in {run.folder}", flush=True)
     return str(run.folder)
 
 
 def evaluate_checkpoint(args: Args) -> None:
     """--evaluate: write evaluation.json into the run folder and print the mean."""
     args.check()
-    state, folder = load_checkpoint(args.evaluate)["agent"], folder_of(args)
+    args = replace(args, run_dir=str(folder_of(args)))
     with contextlib.closing(make_envs(args, 1)) as envs:
         agent = Agent(envs)
-    load_state(agent, state)
+    load_state(agent, load_checkpoint(args.evaluate)["agent"])
     result = evaluate(agent.to("cuda" if args.cuda else "cpu"), args, video_folder(args))
-    write(folder / "evaluation.json", json.dumps(result, indent=2).encode())
-    print(*(f"{name}={value}" for name, value in result.items() if name.startswith("eval")))
-
-
-def video_folder(args: Args) -> Path | None:
-    return folder_of(args) / "videos" / f"{int(time.time())}" if args.capture_video else None
-
-
-def resumed(args: Args, unset: Args) -> Args:
-    """The checkpoint's arguments with what `args` may change; `unset` is what args not given are."""
-    saved = load_checkpoint(args.resume or args.evaluate)["args"]
-    free = {"resume", "evaluate", "cuda", "torch_threads"}
-    free |= {"total_timesteps"} if args.resume else {"eval_episodes", "seed", "capture_video"}
-    given = {k: v for k, v in vars(args).items() if v != getattr(unset, k)}
-    for name, value in given.items():
-        grows = name == "total_timesteps" and value >= saved[name]
-        if value != saved[name] and not (grows or name in free - {"total_timesteps"}):
-            flag = f"--{name.replace('_', '-')} {value}"
-            raise ValueError(f"{flag}: contradicts the run's {saved[name]}; leave it out")
-    return replace(Args(**saved), **{"resume": args.resume, "evaluate": args.evaluate, **given})
+    write(Path(args.run_dir, "evaluation.json"), json.dumps(result, indent=2).encode())
+    print(*(f"{name}={result[name]}" for name in EVALUATION))
 
 
 def main() -> None:
@@ -902,7 +886,7 @@ def main() -> None:
         args = tyro.cli(Args)
         if path := args.resume or args.evaluate:
             unset = Args(**load_checkpoint(path)["args"])
-            args = resumed(tyro.cli(Args, default=unset), unset)
+            args = resumed_args(tyro.cli(Args, default=unset), unset)
         evaluate_checkpoint(args) if args.evaluate else train(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -914,7 +898,7 @@ def main() -> None:
         sys.exit(1)
 
 
-# <<< shared: main
+# <<< shared: algorithm
 
 
 if __name__ == "__main__":

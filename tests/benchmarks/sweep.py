@@ -1,0 +1,626 @@
+"""Train environments x seeds x settings in parallel, and make tables and learning curves of it.
+
+    python tests/benchmarks/sweep.py mujoco --jobs 2
+    python tests/benchmarks/sweep.py table1 --envs Hopper-v5 --settings none clip-0.2 --seeds 1 2
+    python tests/benchmarks/sweep.py mujoco --name trial --envs Hopper-v5 --flags --gamma 0.995
+    python tests/benchmarks/sweep.py mujoco --table-only
+
+Finished runs are skipped, those cut off go on where they stopped, one that fails does not stop the
+others. Runs: tests/benchmarks/runs/NAME/SETTING/ENV/SEED, with the output in SEED.log. Results:
+tests/benchmarks/NAME.csv and NAME.md, of every run in runs/NAME, and figures/NAME.png.
+"""
+
+import argparse
+import csv
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+EVAL_EPISODES = 100
+WINDOW = 100  # episodes behind a point of a learning curve, as in the table
+
+
+@dataclass(frozen=True)
+class Experiment:
+    script: str
+    seeds: int  # 1 to this
+    envs: dict[str, str]  # environment -> flags it needs in every setting
+    settings: dict[str, str] = field(default_factory=lambda: {"defaults": ""})
+    env_seeds: dict[str, int] = field(default_factory=dict)  # where it is not `seeds`
+
+
+PAPER_ENVS = dict.fromkeys(
+    "HalfCheetah-v5 Hopper-v5 InvertedDoublePendulum-v5 InvertedPendulum-v5 Reacher-v5 Swimmer-v5 "
+    "Walker2d-v5".split(),
+    "",
+)
+# The flags that the README documents for single environments.
+SWIMMER = "--gamma 0.999"
+PENDULUM = "--total-timesteps 200000 --num-envs 4 --num-steps 512 --learning-rate 1e-3 --gamma 0.9"
+ACROBOT = (
+    "--total-timesteps 500000 --num-envs 16 --num-steps 256 --num-minibatches 64 --update-epochs 4 "
+    "--learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.94 --norm-obs --norm-reward"
+)
+MOUNTAIN_CAR = (
+    "--total-timesteps 1000000 --num-envs 16 --num-steps 16 --num-minibatches 4 --update-epochs 4 "
+    "--learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.98 --norm-obs --norm-reward"
+)
+
+EXPERIMENTS = {
+    "mujoco": Experiment("ppo_continuous.py", seeds=5, envs=PAPER_ENVS),
+    "swimmer": Experiment(
+        "ppo_continuous.py", seeds=5, envs={"Swimmer-v5": ""}, settings={"documented": SWIMMER}
+    ),
+    "ant_humanoid": Experiment(
+        "ppo_continuous.py", seeds=2, envs={"Ant-v5": "", "Humanoid-v5": ""}
+    ),
+    "pendulum": Experiment(
+        "ppo_continuous.py", seeds=5, envs={"Pendulum-v1": ""}, settings={"documented": PENDULUM}
+    ),
+    "classic": Experiment(
+        "ppo.py",
+        seeds=5,
+        envs={"CartPole-v1": "", "Acrobot-v1": ACROBOT, "MountainCar-v0": MOUNTAIN_CAR},
+        settings={"documented": ""},
+        env_seeds={"CartPole-v1": 10},
+    ),
+    "table1": Experiment(
+        "ppo_continuous.py",
+        seeds=3,
+        envs=PAPER_ENVS,
+        settings={
+            "none": "--surrogate none",
+            "clip-0.1": "--surrogate clip --clip-coef 0.1",
+            "clip-0.2": "--surrogate clip --clip-coef 0.2",
+            "clip-0.3": "--surrogate clip --clip-coef 0.3",
+            "adaptive-0.003": "--surrogate kl-adaptive --kl-target 0.003",
+            "adaptive-0.01": "--surrogate kl-adaptive --kl-target 0.01",
+            "adaptive-0.03": "--surrogate kl-adaptive --kl-target 0.03",
+            "fixed-0.3": "--surrogate kl-fixed --kl-coef 0.3",
+            "fixed-1": "--surrogate kl-fixed --kl-coef 1",
+            "fixed-3": "--surrogate kl-fixed --kl-coef 3",
+            "fixed-10": "--surrogate kl-fixed --kl-coef 10",
+        },
+    ),
+}
+# Table 1 of the paper: 7 MuJoCo environments (v1) x 3 seeds, 1M steps.
+PAPER_TABLE1 = dict(
+    zip(
+        EXPERIMENTS["table1"].settings,
+        (-0.39, 0.76, 0.82, 0.70, 0.68, 0.74, 0.71, 0.62, 0.71, 0.72, 0.69),
+        strict=True,
+    )
+)
+# What may differ between runs of one setting: it does not change what is learned.
+IRRELEVANT = {"run_dir", "resume", "evaluate", "cuda", "torch_threads", "compile"}
+
+
+# ---- Training
+
+
+@dataclass(frozen=True)
+class Job:
+    env_id: str
+    setting: str
+    seed: int
+    folder: Path
+    flags: tuple[str, ...]  # everything but --run-dir and --compile
+    args: dict[str, Any]  # what the script makes of them
+
+    def __str__(self) -> str:
+        return f"{self.env_id} {self.setting} seed {self.seed}"
+
+
+class Trainer:
+    """Runs jobs as child processes and passes a request to stop on to them."""
+
+    def __init__(self, script: Path, compile: bool) -> None:
+        self.script, self.compile = script, compile
+        self.children: set[subprocess.Popen] = set()
+        self.stopping = False
+
+    def stop(self, number: int, frame: object) -> None:
+        """Signal handler: let every child save its checkpoint and end."""
+        if not self.stopping:
+            print("stopping: the runs are saved, the same command goes on with them", flush=True)
+        self.stopping = True
+        for child in tuple(self.children):
+            child.terminate()
+
+    def train(self, job: Job) -> str:
+        """Start, resume or skip one run; returns what happened."""
+        if (job.folder / "summary.json").exists():
+            return "skipped: finished before" + stale(job)
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(log_of(job.folder), "a") as log:
+            try:  # the child inherits the lock, so it holds even if this program is killed
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return "skipped: another process trains it"
+            start = time.time()
+            code = 2
+            if (job.folder / "checkpoint.pt").exists():
+                code = self.run(["--resume", str(job.folder)], log)
+            if code == 2 and not self.stopping:  # nothing to go on from
+                shutil.rmtree(job.folder, ignore_errors=True)
+                extra = ["--compile"] if self.compile else []
+                code = self.run([*job.flags, "--run-dir", str(job.folder), *extra], log)
+        if self.stopping:
+            return "stopped"
+        if code or not (job.folder / "summary.json").exists():
+            lines = log_of(job.folder).read_text().strip().splitlines() or ["no output"]
+            return f"FAILED with exit code {code}: {lines[-1]} ({log_of(job.folder)})"
+        run = load_run(job.folder)
+        return (
+            f"done: last-100 training mean {number(run.train)}, evaluation {number(run.eval)}, "
+            f"{time.time() - start:.0f} s"
+        )
+
+    def run(self, flags: list[str], log: Any) -> int:  # noqa: ANN401
+        if self.stopping:
+            return 1
+        command = [sys.executable, str(self.script), *flags]
+        print("$", *command, file=log, flush=True)
+        child = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C reaches it through `stop` only, once
+        )
+        self.children.add(child)
+        if self.stopping:
+            child.terminate()
+        code = child.wait()
+        self.children.discard(child)
+        return code
+
+
+def log_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".log")
+
+
+def stale(job: Job) -> str:
+    """The first argument in which a finished run differs from what it would be trained with now."""
+    config = json.loads((job.folder / "config.json").read_text())
+    for name in sorted(job.args.keys() & config.keys() - IRRELEVANT):
+        if config[name] != job.args[name]:
+            return f", with {name} = {config[name]} instead of {job.args[name]} (--redo repeats it)"
+    return ""
+
+
+def load_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def plan(options: argparse.Namespace, experiment: Experiment, runs: Path) -> list[Job]:
+    """All selected jobs, the first seed of everything first. Wrong flags end the program here."""
+    import tyro
+
+    arguments = load_script(ROOT / experiment.script).Args
+    suffix = "".join(f" {flag}" for flag in options.flags)
+    suffix = suffix.replace(" --", "+").replace(" ", "=").replace("/", "-")
+    jobs = []
+    for env_id in options.envs or experiment.envs:
+        seeds = options.seeds or range(1, experiment.env_seeds.get(env_id, experiment.seeds) + 1)
+        for setting in options.settings or experiment.settings:
+            own = f"{experiment.envs.get(env_id, '')} {experiment.settings[setting]}".split()
+            for seed in seeds:
+                flags = ["--env-id", env_id, "--seed", str(seed)]
+                flags += ["--eval-episodes", str(EVAL_EPISODES), *own, *options.flags]
+                args = tyro.cli(arguments, args=flags)
+                args.check()
+                folder = runs / (setting + suffix) / env_id.replace("/", "-") / str(seed)
+                jobs.append(Job(env_id, setting, seed, folder, tuple(flags), vars(args)))
+    return sorted(jobs, key=lambda job: job.seed)
+
+
+def sweep(options: argparse.Namespace, experiment: Experiment, runs: Path) -> int:
+    """Train what is missing; returns the number of failures."""
+    jobs = plan(options, experiment, runs)
+    if options.redo:
+        for job in jobs:
+            if (job.folder / "summary.json").exists() and stale(job):
+                shutil.rmtree(job.folder)
+    runs.mkdir(parents=True, exist_ok=True)
+    script = runs / experiment.script  # a copy: edits made meanwhile do not reach later runs
+    script.with_suffix(".tmp").write_bytes((ROOT / experiment.script).read_bytes())
+    script.with_suffix(".tmp").replace(script)
+    trainer = Trainer(script, options.compile)
+    failures = 0
+    for number_ in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_, trainer.stop)
+    print(f"{len(jobs)} runs, {options.jobs} at a time, in {runs.relative_to(ROOT)}", flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = {pool.submit(trainer.train, job): job for job in jobs}
+        for i, future in enumerate(as_completed(futures), 1):
+            try:
+                outcome = future.result()
+            except Exception as error:
+                outcome = f"FAILED: {error!r}"
+            failures += outcome.startswith("FAILED")
+            if not trainer.stopping:
+                print(f"[{i}/{len(jobs)}] {futures[future]} {outcome}", flush=True)
+    return failures
+
+
+# ---- Results
+
+
+@dataclass
+class Run:
+    env_id: str
+    setting: str
+    seed: int
+    train: float  # mean return of the last 100 training episodes
+    eval: float  # mean return of the evaluation episodes
+    steps: int
+    sps: float
+    config: dict[str, Any]
+    folder: Path
+    date: str
+
+    def curve(self, grid: np.ndarray) -> np.ndarray:
+        """Mean return of the last 100 episodes at each step of the grid; NaN before the first."""
+        path = self.folder / "episodes.csv"
+        rows = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
+        if not len(rows):
+            return np.full(len(grid), np.nan)
+        total = np.concatenate([[0.0], rows[:, 1].cumsum()])
+        ends = np.searchsorted(rows[:, 0], grid, side="right")
+        starts = np.maximum(ends - WINDOW, 0)
+        counts = ends - starts
+        return np.where(counts, (total[ends] - total[starts]) / np.maximum(counts, 1), np.nan)
+
+
+def load_run(folder: Path) -> Run:
+    summary = json.loads((folder / "summary.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    scores = (summary["train_return_last100"], summary["eval_return_mean"])
+    train, eval_ = (math.nan if score is None else score for score in scores)
+    return Run(
+        env_id=config["env_id"],
+        setting=folder.parts[-3],
+        seed=config["seed"],
+        train=train,
+        eval=eval_,
+        steps=summary["global_step"],
+        sps=summary["SPS"],
+        config=config,
+        folder=folder,
+        date=time.strftime("%Y-%m-%d", time.localtime(os.stat(folder / "summary.json").st_mtime)),
+    )
+
+
+def load_runs(experiment: Experiment, folder: Path) -> tuple[list[Run], list[str]]:
+    """The finished runs, in the experiment's order, and the names of those not finished."""
+    found = [path for path in folder.glob("*/*/*") if path.is_dir()]
+    finished = [path for path in found if (path / "summary.json").exists()]
+    unfinished = sorted(str(path.relative_to(folder)) for path in set(found) - set(finished))
+    envs, settings = list(experiment.envs), list(experiment.settings)
+
+    def order(run: Run) -> tuple:
+        setting = run.setting.split("+")[0]
+        return (
+            envs.index(run.env_id) if run.env_id in envs else len(envs),
+            run.env_id,
+            settings.index(setting) if setting in settings else len(settings),
+            run.setting,
+            run.seed,
+        )
+
+    return sorted(map(load_run, finished), key=order), unfinished
+
+
+def number(x: float, like: float | None = None) -> str:
+    """Rounded to what the spread of scores lets one read, or to as many decimals as another."""
+    size = abs(x if like is None else like)
+    return "-" if math.isnan(x) else f"{x:.{0 if size >= 1000 else 1 if size >= 20 else 2}f}"
+
+
+def mean_std(values: list[float]) -> str:
+    """Mean +- sample standard deviation."""
+    mean = statistics.fmean(values)
+    spread = f" ± {number(statistics.stdev(values), mean)}" if len(values) > 1 else ""
+    return number(mean) + spread
+
+
+def groups(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
+    result: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        result.setdefault((run.env_id, run.setting), []).append(run)
+    return result
+
+
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def write_csv(path: Path, header: list[str], rows: list[list[Any]], comment: str) -> None:
+    with open(path, "w", newline="") as file:
+        file.write(f"# {comment}\n")
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def provenance(runs: list[Run]) -> str:
+    """One line: when, with which versions, and whether all runs are of one kind."""
+    dates = sorted({run.date for run in runs})
+    text = f"Measured {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
+    for name in ("python", "torch", "gymnasium", "numpy"):
+        versions = {run.config[name].split()[0] for run in runs if name in run.config}
+        text += f", {name} {' / '.join(sorted(versions))}"
+    if any(run.env_id.endswith("-v5") and "/" not in run.env_id for run in runs):
+        text += f", mujoco {importlib.metadata.version('mujoco')}"
+    compiled = sum(run.config["compile"] for run in runs)
+    text += f"; {'all' if compiled == len(runs) else compiled or 'no'} runs with --compile"
+    devices = {"GPU" if run.config["cuda"] else "CPU" for run in runs}
+    text += f", on {' and '.join(sorted(devices))}"
+    versions = {hashlib.sha256((run.folder / "script.py").read_bytes()).digest() for run in runs}
+    return text + (f"; {len(versions)} versions of the script" if len(versions) > 1 else "") + "."
+
+
+def write_tables(name: str, experiment: Experiment, runs: list[Run], unfinished: list[str]) -> None:
+    comment = provenance(runs)
+    own_name = next(key for key, value in EXPERIMENTS.items() if value is experiment)
+    command = f"python tests/benchmarks/sweep.py {own_name}"
+    command += f" --name {name}" if name != own_name else ""
+    table, csv_rows = [], []
+    for (env_id, setting), members in groups(runs).items():
+        train, eval_ = ([getattr(run, key) for run in members] for key in ("train", "eval"))
+        steps = max(run.steps for run in members)
+        sps = round(statistics.median(run.sps for run in members))
+        label = [env_id] if len({run.setting for run in runs}) == 1 else [env_id, setting]
+        each = [" ".join(map(number, values)) for values in (train, eval_)]
+        row = [len(members), f"{steps:,}", mean_std(train), mean_std(eval_), *each, f"{sps:,}"]
+        table.append(label + row)
+        seeds = " ".join(str(run.seed) for run in members)
+        row = [env_id, setting, seeds, steps]
+        for values in (train, eval_):
+            spread = statistics.stdev(values) if len(values) > 1 else math.nan
+            row += [f"{statistics.fmean(values):.6g}", f"{spread:.4g}"]
+        csv_rows.append([*row, *(" ".join(f"{x:.6g}" for x in v) for v in (train, eval_)), sps])
+    header = ["environment"] + ["setting"] * (len(table[0]) == 9)
+    header += ["seeds", "steps", "training, last 100", f"evaluation, {EVAL_EPISODES} episodes"]
+    header += ["training, each seed", "evaluation, each seed", "median SPS"]
+    text = (
+        f"# {name}\n\n`{command}` trains with `{experiment.script}`. "
+        f"{comment}\n\nTraining: mean return of the last 100 training episodes. Evaluation: mean "
+        f"return of {EVAL_EPISODES} episodes of the final policy, deterministic, one in each of "
+        f"{EVAL_EPISODES} fresh environments. Both are means over seeds ± sample standard "
+        "deviation over seeds. No finished run is left out. SPS is that of runs trained side by side, not a "
+        "speed measurement.\n\n" + markdown(header, table)
+    )
+    text += "\nFlags beside the defaults:\n"
+    for env_id, flags in experiment.envs.items():
+        text += f"- {env_id}: `{flags}`\n" if flags else ""
+    for setting in dict.fromkeys(run.setting for run in runs):
+        base, *extra = setting.split("+")
+        own = experiment.settings.get(base, "") + "".join(f" --{flag}" for flag in extra)
+        text += f"- {setting}: {f'`{own.strip()}`' if own else 'none'}\n"
+    if unfinished:
+        text += f"\nNot finished: {', '.join(unfinished)}.\n"
+    if experiment is EXPERIMENTS["table1"]:
+        text += "\n" + normalised_scores(name, runs)
+    if (HERE / "figures" / f"{name}.png").exists():
+        text += f"\n![Learning curves](figures/{name}.png)\n"
+    (HERE / f"{name}.md").write_text(text)
+    header = "environment setting seeds steps train_mean train_std eval_mean eval_std".split()
+    header += ["train_each_seed", "eval_each_seed", "median_SPS"]
+    write_csv(HERE / f"{name}.csv", header, csv_rows, comment)
+
+
+# ---- The paper's normalised score
+
+
+def random_score(env_id: str, episodes: int = 100) -> float:
+    """Mean return of uniformly random actions, measured once and kept in random_scores.csv."""
+    import gymnasium as gym
+
+    path = HERE / "random_scores.csv"
+    if path.exists():
+        with open(path) as file:
+            rows = list(csv.reader(line for line in file if not line.startswith("#")))[1:]
+        if env_id in dict(row[:2] for row in rows):
+            return float(dict(row[:2] for row in rows)[env_id])
+    else:
+        rows = []
+    env = gym.make(env_id, disable_env_checker=True)
+    env.action_space.seed(0)
+    returns = []
+    for episode in range(episodes):
+        env.reset(seed=episode)
+        total, ended = 0.0, False
+        while not ended:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            total, ended = total + float(reward), terminated or truncated
+        returns.append(total)
+    env.close()
+    mean, spread = statistics.fmean(returns), statistics.stdev(returns)
+    rows.append([env_id, f"{mean:.6g}", f"{spread:.4g}", str(episodes)])
+    comment = "returns of a policy that acts uniformly at random"
+    write_csv(path, ["environment", "mean", "std", "episodes"], sorted(rows), comment)
+    return mean
+
+
+def normalised_scores(name: str, runs: list[Run]) -> str:
+    """Table 1: 0 is the random policy, 1 the best setting's mean, averaged over all runs."""
+    by_env: dict[str, dict[str, list[float]]] = {}
+    for (env_id, setting), members in groups(runs).items():
+        by_env.setdefault(env_id, {})[setting] = [run.train for run in members]
+    scores: dict[str, list[float]] = {}
+    for env_id, results in by_env.items():
+        low = random_score(env_id)
+        high = max(statistics.fmean(values) for values in results.values())
+        for setting, values in results.items():
+            scores.setdefault(setting, []).extend((x - low) / (high - low) for x in values)
+    rows = []
+    for setting, values in scores.items():
+        paper = PAPER_TABLE1.get(setting, math.nan)
+        rows.append([setting, len(values), f"{statistics.fmean(values):.2f}", f"{paper:.2f}"])
+    header = ["setting", "runs", "our score", "the paper's"]
+    write_csv(HERE / f"{name}_scores.csv", header, rows, provenance(runs))
+    environments = ", ".join(
+        f"{env_id} ({number(random_score(env_id))}, "
+        f"{number(max(statistics.fmean(values) for values in results.values()))})"
+        for env_id, results in by_env.items()
+    )
+    return (
+        "## Normalised scores\n\nThe paper's statistic: the mean of the last 100 training "
+        "episodes, scaled so that 0 is a random policy (100 episodes of uniformly random actions) and 1 the "
+        "best setting's mean in that environment, averaged over all runs. Ours: "
+        f"{len(by_env)} environments (random, best): {environments}. The paper's: 7 environments x "
+        "3 seeds with its own hyperparameters.\n\n" + markdown(header, rows)
+    )
+
+
+# ---- Learning curves
+
+
+def colour(setting: str, index: int) -> Any:  # noqa: ANN401
+    """A family of settings (clip-0.1, clip-0.2, ...) shares a hue."""
+    import matplotlib
+
+    families = {"clip": "Blues", "adaptive": "Greens", "fixed": "Oranges"}
+    kind = setting.split("-")[0]
+    if setting not in PAPER_TABLE1:
+        return f"C{index % 10}"
+    if kind not in families:
+        return "0.2"
+    members = [name for name in PAPER_TABLE1 if name.startswith(kind)]
+    shade = 0.4 + 0.55 * members.index(setting) / (len(members) - 1)
+    return matplotlib.colormaps[families[kind]](shade)
+
+
+def draw(name: str, runs: list[Run]) -> None:
+    """A panel an environment, a line a setting: mean over seeds, band from minimum to maximum."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    envs = list(dict.fromkeys(run.env_id for run in runs))
+    settings = list(dict.fromkeys(run.setting for run in runs))
+    columns = min(len(envs), 4 if len(envs) > 6 else 3)
+    lines = math.ceil(len(envs) / columns)
+    size = (4 * columns, 3 * lines + 0.6)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=size, squeeze=False, layout="constrained", facecolor="white"
+    )
+    for axis in axes.flat[len(envs) :]:
+        axis.set_visible(False)
+    for (env_id, setting), members in groups(runs).items():
+        axis = axes.flat[envs.index(env_id)]
+        grid = np.linspace(0, max(run.steps for run in members), 201)[1:]
+        curves = np.array([run.curve(grid) for run in members])
+        seen = ~np.isnan(curves).any(axis=0)
+        grid, curves = grid[seen] / 1e6, curves[:, seen]
+        if not len(grid):
+            continue
+        shade = colour(setting, settings.index(setting))
+        axis.plot(grid, curves.mean(axis=0), color=shade, label=setting, linewidth=1.5)
+        band = 0.2 if len(settings) < 4 else 0.08
+        axis.fill_between(
+            grid, curves.min(axis=0), curves.max(axis=0), color=shade, alpha=band, linewidth=0
+        )
+        axis.set_title(f"{env_id} ({len(members)} seed{'s' * (len(members) > 1)})", fontsize=10)
+    for axis in axes.flat:
+        axis.set_xlabel("environment steps (millions)", fontsize=9)
+        axis.set_ylabel("return, last 100 episodes", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3, linewidth=0.5)
+        axis.set_xlim(left=0)
+    if len(settings) > 1:
+        entries: dict[str, Any] = {}
+        for axis in axes.flat:
+            handles, labels = axis.get_legend_handles_labels()
+            entries |= dict(zip(labels, handles, strict=True))
+        chosen = {setting: entries[setting] for setting in settings if setting in entries}
+        figure.legend(
+            chosen.values(), chosen.keys(), loc="outside lower center", ncols=6, fontsize=9
+        )
+    figure.suptitle("Training returns: mean over seeds, band from lowest to highest", fontsize=11)
+    save(figure, HERE / "figures" / f"{name}.png")
+    plt.close(figure)
+
+
+def save(figure: Any, path: Path, limit: int = 300_000) -> None:  # noqa: ANN401
+    """Write an opaque PNG, coarser where it would be larger than the limit in bytes."""
+    path.parent.mkdir(exist_ok=True)
+    for dpi in (120, 90, 60):
+        figure.savefig(path, dpi=dpi, facecolor="white", transparent=False)
+        if path.stat().st_size < limit:
+            return
+
+
+# ---- Command line
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("experiment", choices=EXPERIMENTS)
+    add("--jobs", type=int, default=2, help="runs at a time, each on one thread (default 2)")
+    add("--envs", nargs="+", help="some of the experiment's environments, or others")
+    add("--settings", nargs="+", help="some of the experiment's settings")
+    add("--seeds", nargs="+", type=int, help="instead of the experiment's seeds")
+    add("--name", help="folder of the runs and name of the results; default: the experiment's")
+    add("--compile", action="store_true", help="pass --compile to all runs")
+    add("--redo", action="store_true", help="repeat finished runs made with other arguments")
+    add("--table-only", action="store_true", help="train nothing")
+    add("--flags", nargs=argparse.REMAINDER, default=[], help="last: more flags for the script")
+    options = parser.parse_args()
+    experiment = EXPERIMENTS[options.experiment]
+    if unknown := set(options.settings or ()) - experiment.settings.keys():
+        parser.error(f"--settings {' '.join(unknown)}: there are {' '.join(experiment.settings)}")
+    # Trials stay out of the published table.
+    options.name = options.name or options.experiment + ("_trials" if options.flags else "")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    experiment, folder = EXPERIMENTS[options.experiment], HERE / "runs" / options.name
+    try:
+        failures = 0 if options.table_only else sweep(options, experiment, folder)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    runs, unfinished = load_runs(experiment, folder)
+    if runs:
+        draw(options.name, runs)
+        write_tables(options.name, experiment, runs, unfinished)
+        print((HERE / f"{options.name}.md").read_text())
+    else:
+        print(f"no finished runs in {folder.relative_to(ROOT)}")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
