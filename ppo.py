@@ -252,7 +252,7 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 def all_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance over the rows of x, (rows, ...), in all processes; each (...)."""
+    """Mean and population variance over the rows of x, (rows, ...), of all processes."""
     var, own_mean = torch.var_mean(x, dim=0, correction=0)
     mean = all_mean(own_mean.clone())
     return mean, all_mean(var + (own_mean - mean) ** 2)
@@ -662,7 +662,7 @@ def load_state(module: Any, state: dict[str, Any]) -> None:
 
 
 def resumed_args(args: Args, unset: Args) -> Args:
-    """The checkpoint's arguments with what `args` may change. `unset`: values of flags not given."""
+    """The checkpoint's arguments with what `args` may change; `unset` is `args` with none given."""
     saved = load_checkpoint(args.resume or args.evaluate)["args"]
     free = {"resume", "evaluate", "cuda", "torch_threads"}
     free |= {"total_timesteps"} if args.resume else {"eval_episodes", "seed", "capture_video"}
@@ -830,7 +830,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
         explained = 1 - (returns - values).var() / returns.var()
         metrics["losses/explained_variance"] = explained.item()
-        if args.norm_obs:
+        if getattr(args, "norm_obs", False):
             agent.obs_stats.update(batch["obs"])
         run.record(metrics)
         if all_mean(torch.tensor(float(run.signal), device=device)):

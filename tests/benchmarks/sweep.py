@@ -241,7 +241,7 @@ def plan(options: argparse.Namespace, experiment: Experiment, runs: Path) -> lis
 
 
 def sweep(options: argparse.Namespace, experiment: Experiment, runs: Path) -> int:
-    """Train what is missing; returns the number of failures."""
+    """Train what is missing; returns the exit code."""
     jobs = plan(options, experiment, runs)
     if options.redo:
         for job in jobs:
@@ -266,7 +266,7 @@ def sweep(options: argparse.Namespace, experiment: Experiment, runs: Path) -> in
             failures += outcome.startswith("FAILED")
             if not trainer.stopping:
                 print(f"[{i}/{len(jobs)}] {futures[future]} {outcome}", flush=True)
-    return failures
+    return 130 if trainer.stopping else int(failures > 0)
 
 
 # ---- Results
@@ -413,8 +413,8 @@ def write_tables(name: str, experiment: Experiment, runs: list[Run], unfinished:
         f"{comment}\n\nTraining: mean return of the last 100 training episodes. Evaluation: mean "
         f"return of {EVAL_EPISODES} episodes of the final policy, deterministic, one in each of "
         f"{EVAL_EPISODES} fresh environments. Both are means over seeds ± sample standard "
-        "deviation over seeds. No finished run is left out. SPS is that of runs trained side by side, not a "
-        "speed measurement.\n\n" + markdown(header, table)
+        "deviation over seeds. No finished run is left out. SPS is that of runs trained side by "
+        "side, not a speed measurement.\n\n" + markdown(header, table)
     )
     text += "\nFlags beside the defaults:\n"
     for env_id, flags in experiment.envs.items():
@@ -481,8 +481,8 @@ def normalised_scores(name: str, runs: list[Run]) -> str:
             scores.setdefault(setting, []).extend((x - low) / (high - low) for x in values)
     rows = []
     for setting, values in scores.items():
-        paper = PAPER_TABLE1.get(setting, math.nan)
-        rows.append([setting, len(values), f"{statistics.fmean(values):.2f}", f"{paper:.2f}"])
+        paper = f"{PAPER_TABLE1[setting.split('+')[0]]:.2f}"
+        rows.append([setting, len(values), f"{statistics.fmean(values):.2f}", paper])
     header = ["setting", "runs", "our score", "the paper's"]
     write_csv(HERE / f"{name}_scores.csv", header, rows, provenance(runs))
     environments = ", ".join(
@@ -492,8 +492,8 @@ def normalised_scores(name: str, runs: list[Run]) -> str:
     )
     return (
         "## Normalised scores\n\nThe paper's statistic: the mean of the last 100 training "
-        "episodes, scaled so that 0 is a random policy (100 episodes of uniformly random actions) and 1 the "
-        "best setting's mean in that environment, averaged over all runs. Ours: "
+        "episodes, scaled so that 0 is a random policy (100 episodes of uniformly random actions) "
+        "and 1 the best setting's mean in that environment, averaged over all runs. Ours: "
         f"{len(by_env)} environments (random, best): {environments}. The paper's: 7 environments x "
         "3 seeds with its own hyperparameters.\n\n" + markdown(header, rows)
     )
@@ -507,6 +507,7 @@ def colour(setting: str, index: int) -> Any:  # noqa: ANN401
     import matplotlib
 
     families = {"clip": "Blues", "adaptive": "Greens", "fixed": "Oranges"}
+    setting = setting.split("+")[0]
     kind = setting.split("-")[0]
     if setting not in PAPER_TABLE1:
         return f"C{index % 10}"
@@ -609,7 +610,7 @@ def main() -> None:
     options = parse()
     experiment, folder = EXPERIMENTS[options.experiment], HERE / "runs" / options.name
     try:
-        failures = 0 if options.table_only else sweep(options, experiment, folder)
+        code = 0 if options.table_only else sweep(options, experiment, folder)
     except ValueError as error:
         sys.exit(f"error: {error}")
     runs, unfinished = load_runs(experiment, folder)
@@ -619,7 +620,7 @@ def main() -> None:
         print((HERE / f"{options.name}.md").read_text())
     else:
         print(f"no finished runs in {folder.relative_to(ROOT)}")
-    sys.exit(1 if failures else 0)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

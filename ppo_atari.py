@@ -1,0 +1,957 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0",
+#   "gymnasium[classic-control,mujoco,atari,other]==1.4.0",
+#   "numpy>=1.26",
+#   "tyro==1.0.17",
+#   "wandb==0.31.0",
+# ]
+# ///
+"""PPO for Atari games from pixels, in one file to read from top to bottom.
+
+    python ppo_atari.py --env-id ALE/Breakout-v5                  # 10M steps: hours on a CPU
+    python ppo_atari.py --env-id PongNoFrameskip-v4 --help        # what every flag does
+    python ppo_atari.py --resume runs/FOLDER                      # go on where a run stopped
+    python ppo_atari.py --evaluate runs/FOLDER --capture-video    # watch what it has learned
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 ppo_atari.py --num-envs 8
+
+Read ppo.py first: what follows `Agent` is the same here, byte for byte. In short, the loop repeats
+
+    1. anneal      take smaller learning steps as the end of training comes nearer
+    2. rollout     let the policy act in N environments for T steps and keep every transition
+    3. advantages  estimate how much better each action was than the policy's average (GAE)
+    4. update      make better actions likelier, for several epochs of shuffled minibatches, with
+                   nothing to gain where the new policy leaves the old one's surroundings
+    5. record      log, save, and forget the batch: it tells about a policy that is no more
+
+What differs from ppo.py: the emulator steps all games in C++ threads, a convolutional network is
+shared by actor and critic, a lost life ends the bootstrap, and `Args` holds other numbers.
+
+What differs from the paper: clip range constant, 4 epochs, value loss weight 0.5, value clipping.
+
+[PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
+[Nature] Mnih et al. 2015, "Human-level control through deep reinforcement learning".
+Details: Huang et al. 2022, "The 37 Implementation Details of Proximal Policy Optimization".
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import gymnasium.utils.save_video
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from torch import Tensor, nn
+
+
+@dataclass
+class Args:
+    # What to run
+    env_id: str = "ALE/Breakout-v5"
+    """environment; "my_module:MyEnv-v0" imports my_module (beside the script or PYTHONPATH)"""
+    total_timesteps: int = 10_000_000
+    """steps of all environments together, rounded down to whole batches"""
+    seed: int = 1
+    """same seed, same CPU: same numbers; compare settings over 3 or more seeds"""
+    exp_name: str = "ppo_atari"
+    """label of the run, part of the folder's name"""
+    # Rollout
+    num_envs: int = 8
+    """N, environments stepped together; more make the batch more varied; 1 to 64"""
+    num_steps: int = 128
+    """T, steps of each environment per batch; more see further ahead in time; 16 to 2048"""
+    gamma: float = 0.99
+    """discount of future rewards: the policy plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999"""
+    gae_lambda: float = 0.95
+    """lower trusts the critic (bias), higher the rewards that followed (variance); 0.8 to 0.98"""
+    norm_reward: bool = False
+    """divide rewards by the running std of returns; try it where returns are far from 1"""
+    sticky_actions: float = 0.0
+    """probability that the emulator repeats the last action instead; 0.25 makes games random"""
+    # Update
+    learning_rate: float = 2.5e-4
+    """Adam's step size; lower it where approx_kl or clipfrac run high; 1e-4 to 1e-3"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly over the run: steadier at the end"""
+    update_epochs: int = 4
+    """passes over each batch; more squeeze more out of it but strain the trust region; 3 to 20"""
+    num_minibatches: int = 4
+    """gradient steps per pass; more are smaller and noisier, usually of 64 to 512 rows"""
+    recompute_advantages: bool = False
+    """estimate advantages anew with the current critic before each epoch; helps with many epochs"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch: step sizes do not depend on the size of rewards"""
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"
+    """how policy steps are kept small: clipped ratio, penalty on the KL, or not at all"""
+    clip_coef: float = 0.1
+    """epsilon: probability ratios gain nothing beyond 1 +- epsilon; smaller is safer; 0.1 to 0.3"""
+    kl_coef: float = 1.0
+    """beta, the weight of the KL penalty (kl-adaptive: at the start); 0.3 to 10"""
+    kl_target: float = 0.01
+    """kl-adaptive halves or doubles beta to keep each update's KL near this; 0.003 to 0.03"""
+    target_kl: float | None = None
+    """stop an update's epochs early where approx_kl exceeds this; 0.01 to 0.05"""
+    clip_vloss: bool = True
+    """also limit the change of predicted values to clip_coef; rarely helps"""
+    vf_coef: float = 0.5
+    """weight of the value loss; raise it where explained_variance stays low; 0.25 to 1"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus; raise it where the policy settles too soon; 0 to 0.02"""
+    max_grad_norm: float = 0.5
+    """longer gradients are cut to this length; raise it if grad_norm is always above; 0.5 to 5"""
+    # Machine
+    cuda: bool = field(default_factory=torch.cuda.is_available)
+    """compute on the GPU, by default where there is one; small networks are faster on the CPU"""
+    torch_deterministic: bool = True
+    """only reproducible CUDA kernels; turn off for a little speed on a GPU"""
+    torch_threads: int = 0
+    """CPU threads; 1 is fastest for small networks, 0 is torch's own choice"""
+    bf16: bool = False
+    """compute the convolutions in bfloat16: faster where the processor knows it"""
+    compile: bool = False
+    """compile policy and loss (torch.compile): starts a minute later, then runs faster"""
+    # Records
+    run_dir: str | None = None
+    """folder for the files, by default runs/{env_id}__{exp_name}__{seed}__{unix time}"""
+    eval_episodes: int = 10
+    """episodes of the evaluation after training, 0 for none"""
+    capture_video: bool = False
+    """film episodes of the first environment into videos/"""
+    resume: str | None = None
+    """run folder or checkpoint to go on from, with its arguments; --total-timesteps may grow"""
+    evaluate: str | None = None
+    """run folder or checkpoint to evaluate instead of training"""
+    track: bool = False
+    """send the metrics to wandb as well; WANDB_MODE=offline needs no account"""
+    wandb_project_name: str = "ppo"
+    """wandb's project"""
+    wandb_entity: str | None = None
+    """wandb's user or team"""
+
+    # >>> shared: check
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+    def check(self) -> None:
+        """Raise ValueError, one line with flag, value and mend, for what cannot be run as asked."""
+
+        def refuse(name: str, condition: object, mend: str) -> None:
+            if condition:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {mend}")
+
+        counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
+        for name, value in vars(self).items():
+            number = value if isinstance(value, int | float) else 0
+            refuse(name, not 0 <= number < math.inf, "must be a finite number, not negative")
+            refuse(name, name in counts and value < 1, "must be at least 1")
+            refuse(name, name in ("gamma", "gae_lambda") and value > 1, "must be at most 1")
+        for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_target"):
+            refuse(name, getattr(self, name) == 0, "must be greater than 0")
+        batch = f"the batch of --num-envs x --num-steps = {self.batch_size} rows"
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        refuse("total_timesteps", self.num_iterations < 1, f"is less than {batch}; raise it")
+        refuse("num_minibatches", self.batch_size % self.num_minibatches, f"must divide {batch}")
+        refuse("num_minibatches", self.minibatch_size < 2 * processes, f"is too much for {batch}")
+        refuse("num_envs", self.num_envs % processes, f"must divide among {processes} processes")
+        for name, used, needs in (  # no flag is taken and then ignored
+            ("kl_coef", self.surrogate.startswith("kl"), "--surrogate kl-fixed or kl-adaptive"),
+            ("kl_target", self.surrogate == "kl-adaptive", "--surrogate kl-adaptive"),
+            ("clip_coef", self.surrogate == "clip" or self.clip_vloss, "--surrogate clip"),
+            ("wandb_project_name", self.track, "--track"),
+            ("wandb_entity", self.track, "--track"),
+        ):
+            given = getattr(self, name) != getattr(Args, name)
+            refuse(name, given and not used, f"has no effect without {needs}")
+        refuse("cuda", self.cuda and not torch.cuda.is_available(), "no such device; try --no-cuda")
+        refuse("track", self.track and not importlib.util.find_spec("wandb"), "pip install wandb")
+        refuse("evaluate", self.evaluate and self.resume, "does not go with --resume")
+        refuse("eval_episodes", self.evaluate and not self.eval_episodes, "must be at least 1")
+
+    # <<< shared: check
+
+
+# >>> shared: env_errors
+@contextlib.contextmanager
+def env_errors(env_id: str) -> Iterator[None]:
+    """Turn whatever fails while an environment is built into one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{error}".split()) or repr(error)
+        if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+            reason += " For Atari games use ppo_atari.py."
+        raise ValueError(f"--env-id {env_id}: {reason}") from error
+
+
+# <<< shared: env_errors
+
+
+def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
+    """Build games that step together in C++ threads; the first is filmed where `videos` is given.
+
+    Observations (N, 4, 84, 84), uint8: the last four frames, grey and small (details 18, 20); each
+    step repeats the action for 4 frames and takes the maximum of the last two (detail 15); a game
+    starts with up to 30 no-ops (detail 14) and FIRE where it needs that (detail 17). A lost life
+    counts as a termination, though the game goes on (detail 16). SAME_STEP autoreset: the step
+    that ends a game returns the first observation of the next one.
+    Raises ValueError for what is no Atari game.
+    """
+    with env_errors(args.env_id):
+        spec = gym.spec(args.env_id)
+        if "game" not in spec.kwargs:
+            raise ValueError("This is no Atari game: use ppo.py or ppo_continuous.py.")
+        envs = AtariVectorEnv(
+            spec.kwargs["game"],
+            num_envs,
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+            repeat_action_probability=args.sticky_actions,
+            life_loss_info=True,
+            reward_clipping=False,  # the emulator would hide the true score; GameStatistics clips
+            max_num_frames_per_episode=108_000,
+        )
+    envs = GameStatistics(envs, videos)
+    envs.bf16 = args.bf16
+    return envs
+
+
+class GameStatistics(gym.vector.VectorWrapper):
+    """True returns of whole games in infos["episode"]; rewards clipped to [-1, 1] (detail 19)."""
+
+    def __init__(self, envs: AtariVectorEnv, videos: Path | None) -> None:
+        super().__init__(envs)
+        self.videos, self.frames, self.games = videos, [], 0
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, infos = self.env.reset(**options)
+        self.frame_numbers = infos["episode_frame_number"].copy()
+        self.episode_returns = np.zeros(self.num_envs)
+        self.episode_lengths = np.zeros(self.num_envs, dtype=int)
+        return obs, infos
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        self.episode_returns += rewards
+        self.episode_lengths += 1
+        # Frame numbers fall where a new game has begun, and not where only a life was lost.
+        ended = infos["episode_frame_number"] < self.frame_numbers
+        self.frame_numbers = infos["episode_frame_number"].copy()
+        if ended.any():
+            infos["episode"] = {"r": self.episode_returns.copy(), "l": self.episode_lengths.copy()}
+            infos["_episode"] = ended
+            self.episode_returns[ended] = self.episode_lengths[ended] = 0
+        if self.videos is not None:
+            self.film(obs[0, -1], bool(ended[0]))
+        return obs, np.clip(rewards, -1, 1), terminations, truncations, infos
+
+    def film(self, frame: np.ndarray, ended: bool) -> None:
+        """Write the first game and then every tenth, as the agent sees it."""
+        self.frames.append(np.repeat(frame[..., None], 3, axis=-1))
+        if ended:
+            if self.games % 10 == 0:
+                gym.utils.save_video.save_video(
+                    self.frames,
+                    str(self.videos),
+                    episode_trigger=lambda episode: True,
+                    episode_index=self.games,
+                    fps=15,
+                )
+            self.frames, self.games = [], self.games + 1
+
+
+# >>> shared: statistics
+def all_mean(x: Tensor) -> Tensor:
+    """Average x in place over all processes of torchrun; a single process leaves it as it is."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def all_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over the rows of x, (rows, ...), of all processes."""
+    var, own_mean = torch.var_mean(x, dim=0, correction=0)
+    mean = all_mean(own_mean.clone())
+    return mean, all_mean(var + (own_mean - mean) ** 2)
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen so far, in float64. A fresh one leaves x as it is."""
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("limit", torch.tensor(math.inf, dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, (rows, *shape): the pairwise formula of Chan, Golub & LeVeque 1979."""
+        mean, var = all_moments(x.double())
+        share = 1 / (1 + self.count / len(x))  # of the new rows in all rows
+        self.var.lerp_(var, share).add_(share * (1 - share) * (mean - self.mean) ** 2)
+        self.mean.lerp_(mean, share)
+        self.count += len(x)
+        self.limit.fill_(10.0)
+
+    def std(self) -> Tensor:
+        return (self.var + 1e-8).sqrt()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x - mean) / std, clipped to +-10 (details 28, 29); as float32."""
+        return ((x - self.mean) / self.std()).clamp(-self.limit, self.limit).float()
+
+
+# <<< shared: statistics
+
+
+def initialize(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights and zero biases (detail 2)."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """Policy (actor) and value function (critic) on top of one convolutional network (detail 21).
+
+    They take raw frames (N, 4, 84, 84), uint8. The policy is a categorical distribution; what is
+    called `dist` below is its log-probabilities, (N, actions).
+    """
+
+    eval_deterministic = False  # a greedy policy may never press FIRE again after a lost life
+
+    def __init__(self, envs: gym.vector.VectorEnv) -> None:
+        super().__init__()
+        self.bf16 = getattr(envs, "bf16", False)
+        channels = envs.single_observation_space.shape[0]
+        self.network = nn.Sequential(  # [Nature], methods
+            initialize(nn.Conv2d(channels, 32, 8, stride=4)),
+            nn.ReLU(),
+            initialize(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            initialize(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            initialize(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        ).to(memory_format=torch.channels_last)
+        # A small last layer: all actions are about equally probable at first.
+        self.actor = initialize(nn.Linear(512, int(envs.single_action_space.n)), gain=0.01)
+        self.critic = initialize(nn.Linear(512, 1), gain=1.0)
+
+    def features(self, obs: Tensor) -> Tensor:
+        """(N, 4, 84, 84) -> (N, 512); pixels are scaled to [0, 1] (detail 22)."""
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            pixels = obs.float().div(255).contiguous(memory_format=torch.channels_last)
+            return self.network(pixels).float()
+
+    def get_dist(self, obs: Tensor) -> Tensor:
+        return self.actor(self.features(obs)).log_softmax(dim=-1)
+
+    def get_value(self, obs: Tensor) -> Tensor:
+        """V(s), (N,)"""
+        return self.critic(self.features(obs)).squeeze(-1)
+
+    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Sample actions, or judge those given: action, logprob, entropy, value, each (N,)."""
+        features = self.features(obs)
+        logprobs = self.actor(features).log_softmax(dim=-1)
+        if action is None:
+            # argmax(log p + Gumbel noise) is a sample of p; Gumbel noise is -log(Exponential(1)).
+            noise = -torch.empty_like(logprobs).exponential_().log()
+            action = (logprobs + noise).argmax(dim=-1)
+        logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        # H(p) = -sum_a p(a) * log p(a)
+        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+        return action, logprob, entropy, self.critic(features).squeeze(-1)
+
+    def act(self, obs: Tensor, deterministic: bool = True) -> Tensor:
+        """Actions (N,): the most probable ones, or samples."""
+        return self.get_dist(obs).argmax(-1) if deterministic else self.get_action_and_value(obs)[0]
+
+    @staticmethod
+    def kl(old_dist: Tensor, new_dist: Tensor) -> Tensor:
+        """KL[old || new] = sum_a old(a) * (log old(a) - log new(a)), exact, (N,)."""
+        return (old_dist.exp() * (old_dist - new_dist)).sum(dim=-1)
+
+
+# >>> shared: algorithm
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation ([GAE] eq. 16, [PPO] eq. 11-12; detail 5).
+
+    All (T, N); row t is the transition from s_t to s_{t+1}. next_values[t] = V(s_{t+1}), taken
+    before any reset. terminations: s_{t+1} is terminal. dones: the episode ended here, by
+    termination or by truncation (a time limit). Returns advantages and returns, in the rewards'
+    dtype; returns are what the critic should have said.
+    """
+    values, next_values = values.to(rewards.dtype), next_values.to(rewards.dtype)
+    # delta_t = r_t + gamma * V(s_{t+1}) * (1 - termination_t) - V(s_t)
+    # (critical: after a time limit s_{t+1} still has a value, so terminations count, not dones)
+    deltas = rewards + gamma * next_values * (1 - terminations.to(rewards.dtype)) - values
+    # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}: row t+1 may be another episode's
+    decays = gamma * gae_lambda * (1 - dones.to(rewards.dtype))
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
+    return advantages, advantages + values
+
+
+def ppo_loss(
+    new_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    new_values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    entropies: Tensor,
+    *,
+    clip_coef: float | None,
+    vf_clip_coef: float | None,
+    vf_coef: float,
+    ent_coef: float,
+    kl: Tensor | None = None,
+    kl_coef: float | Tensor = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's objective on a minibatch, as a loss to minimise ([PPO] eq. 6-9), and its statistics.
+
+    All tensors (M,). clip_coef None: plain surrogate r * A. vf_clip_coef None: plain squared
+    error. kl: exact KL[old || new] of each row, where it is penalised.
+    """
+    # r = pi_new(a|s) / pi_old(a|s)
+    logratio = new_logprobs - old_logprobs
+    ratio = logratio.exp()
+    # L_CLIP = E[min(r * A, clip(r, 1 - eps, 1 + eps) * A)] (detail 8): nothing to gain from moving
+    # r beyond 1 +- eps in A's favour; where r has moved the wrong way, the way back stays open.
+    surrogate = ratio * advantages
+    if clip_coef is not None:
+        clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+        surrogate = torch.min(surrogate, clipped_ratio * advantages)
+    policy_loss = -surrogate.mean()
+    # L_VF = 1/2 * E[(V - return)^2], or of the worse of V and V held near the old one (detail 9)
+    squared_error = (new_values - returns) ** 2
+    if vf_clip_coef is not None:
+        held_values = old_values + (new_values - old_values).clamp(-vf_clip_coef, vf_clip_coef)
+        squared_error = torch.max(squared_error, (held_values - returns) ** 2)
+    value_loss = 0.5 * squared_error.mean()
+    # loss = -L_CLIP + c1 * L_VF - c2 * H + beta * KL: what shall grow has a minus (detail 10)
+    entropy = entropies.mean()
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
+    if kl is not None:
+        loss = loss + kl_coef * kl.mean()
+    stats = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    # KL[old || new] estimated from old's samples (http://joschu.net/blog/kl-approx.html)
+    stats["approx_kl"] = ((ratio - 1) - logratio).mean()  # k3: never negative, low variance
+    stats["old_approx_kl"] = -logratio.mean()  # k1: unbiased, noisy
+    outside = (ratio - 1).abs() > (clip_coef if clip_coef is not None else math.inf)
+    stats["clipfrac"] = outside.to(ratio.dtype).mean()  # share of ratios beyond 1 +- eps
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def minibatch_loss(
+    agent: Agent, args: Args, mb: dict[str, Tensor], kl_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """ppo_loss of the rows mb for the agent as it is now; one function for --compile to fuse."""
+    _, new_logprobs, entropies, new_values = agent.get_action_and_value(mb["obs"], mb["actions"])
+    advantages = normalize_advantages(mb["advantages"]) if args.norm_adv else mb["advantages"]
+    rows = (new_logprobs, mb["logprobs"], advantages, new_values, mb["values"], mb["returns"])
+    clip_coef = args.clip_coef if args.surrogate == "clip" else None
+    clips = {"clip_coef": clip_coef, "vf_clip_coef": args.clip_coef if args.clip_vloss else None}
+    weights = {"vf_coef": args.vf_coef, "ent_coef": args.ent_coef, "kl_coef": kl_coef}
+    kl = agent.kl(mb["dist"], agent.get_dist(mb["obs"])) if "dist" in mb else None
+    return ppo_loss(*rows, entropies, kl=kl, **clips, **weights)
+
+
+def normalize_advantages(advantages: Tensor) -> Tensor:
+    """(A - mean) / std over the minibatch of all processes, (M,) (detail 7)."""
+    mean, var = all_moments(advantages)
+    return (advantages - mean) / (var.sqrt() + 1e-8)
+
+
+def discounted_returns(
+    rewards: Tensor, dones: Tensor, gamma: float, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """R_t = r_t + gamma * R_{t-1}, from 0 after an episode's end, (T, N), for reward scaling.
+
+    start (N,) is what the last call returned second, zeros at first (detail 30).
+    """
+    traces = torch.zeros_like(rewards)
+    for t in range(len(rewards)):
+        traces[t] = rewards[t] + gamma * start
+        start = traces[t] * (1 - dones[t])
+    return traces, start
+
+
+@torch.no_grad()
+def bootstrap_values(
+    agent: Agent, values: Tensor, next_obs: Tensor, truncations: Tensor, final_obs: Tensor
+) -> Tensor:
+    """V(s_{t+1}) of each row, (T, N), before any reset; of no meaning where the row terminated.
+
+    values (T, N); next_obs (N, ...) comes after the last row; final_obs (K, ...) ended the K rows
+    where truncations (T, N) is set. (critical: the row below those starts another episode.)
+    """
+    next_values = torch.cat([values[1:], agent.get_value(next_obs)[None]])
+    if len(final_obs):
+        next_values[truncations.bool()] = agent.get_value(final_obs)
+    return next_values
+
+
+METRICS = (
+    "global_step charts/SPS charts/learning_rate charts/episodic_return charts/episodic_length "
+    "losses/value_loss losses/policy_loss losses/entropy losses/approx_kl losses/old_approx_kl "
+    "losses/clipfrac losses/explained_variance losses/grad_norm losses/kl_coef wall_time"
+).split()
+EPISODES = "global_step episodic_return episodic_length wall_time".split()
+EVALUATION = "eval_return_mean eval_return_std eval_episodes".split()
+PROGRESS = "iteration global_step wall_time kl_coef episodes solved_at_step wandb_id".split()
+
+
+class Run:
+    """A run's folder: CSV files, checkpoints, progress line; wandb; what Ctrl-C and faults do."""
+
+    def __init__(self, args: Args, stack: contextlib.ExitStack, **modules: Any) -> None:
+        """Create the folder, or restore the modules (anything with a state_dict) to resume."""
+        self.args, self.modules, self.wandb, self.files = args, modules, None, {}
+        self.iteration = self.global_step = self.signal = self.next_save = self.next_line = 0
+        self.wall_time, self.episodes, self.solved_at_step = 0.0, [], None
+        self.kl_coef = args.kl_coef if args.surrogate.startswith("kl") else 0.0
+        self.folder, self.wandb_id = Path(args.run_dir), os.urandom(8).hex()
+        saved = load_checkpoint(args.resume) if args.resume else {}
+        for name, module in modules.items() if saved else ():
+            load_state(module, saved[name])
+        vars(self).update(saved.get("progress", {}))
+        self.began, self.resumed = time.time() - self.wall_time, time.time()
+        self.sps, self.first_step = 0.0, self.global_step
+        # Seeds of their own for other processes and for the environments of a resumed run
+        self.rank = int(os.environ.get("RANK", 0))
+        sequence = np.random.SeedSequence((args.seed, self.rank, self.iteration))
+        self.seed = int(sequence.generate_state(1)[0])
+        if self.rank:
+            torch.manual_seed(self.seed)
+            return
+        if saved:
+            torch.set_rng_state(saved["rng"])
+        versions = {module.__name__: str(module.__version__) for module in (torch, gym, np)}
+        config = vars(args) | {"versions": versions | {"python": sys.version}}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name, columns in (("metrics.csv", METRICS), ("episodes.csv", EPISODES)):
+                file = open(self.folder / name, "a" if saved else "x")
+                self.files[name] = stack.enter_context(file)
+                file.truncate(saved.get(name, 0))  # rows after the checkpoint are trained again
+                file.write("" if saved else ",".join(columns) + "\n")
+            write(self.folder / "config.json", json.dumps(config, indent=2).encode())
+            write(self.folder / "script.py", Path(__file__).read_bytes())
+        except OSError as error:
+            raise ValueError(f"--run-dir {self.folder}: cannot be written. {error}") from error
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            names |= {"id": self.wandb_id, "name": self.folder.name, "dir": self.folder}
+            self.wandb = wandb.init(**names, config=config, resume="allow")
+            self.wandb.define_metric("*", step_metric="global_step")
+            self.wandb.save(self.folder / "script.py", base_path=self.folder, policy="now")
+        stack.push(self.on_exit)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread may
+                stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
+        print(f"{args.env_id}, seed {args.seed}, files in {self.folder}")
+        print(
+            f"{args.num_iterations:,} iterations: {args.total_timesteps:,} steps in whole batches"
+        )
+        print(f"batch: {args.batch_size:,} = {args.num_envs} envs x {args.num_steps} steps")
+        print(
+            f"updates: {args.update_epochs} epochs x {args.num_minibatches} minibatches", flush=True
+        )
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """End after this iteration; a second signal ends at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def on_exit(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.wandb:
+            self.wandb.finish(exit_code=int(error is not None))
+        if isinstance(error, Exception):
+            at = f"iteration {self.iteration}, after step {self.global_step}"
+            raise RuntimeError(f"{at}: {error!r}; files in {self.folder}") from error
+
+    def episode(self, step: int, episodic_return: float, length: int) -> None:
+        self.episodes = [*self.episodes[-99:], (float(episodic_return), int(length))]
+        if self.rank == 0:
+            row = (step, *self.episodes[-1], round(time.time() - self.began, 3))
+            print(*row, sep=",", file=self.files["episodes.csv"])
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Write the iteration's row; when it is time, a checkpoint and the progress line."""
+        if self.rank:
+            return
+        args, now, done = self.args, time.time(), self.iteration / self.args.num_iterations
+        self.wall_time = now - self.began
+        self.sps = (self.global_step - self.first_step) / (now - self.resumed)
+        mean_return, mean_length = np.mean(self.episodes or [(np.nan, np.nan)], axis=0).tolist()
+        spec = gym.registry.get(args.env_id.split(":")[-1])
+        threshold = spec.reward_threshold if spec and spec.reward_threshold else math.inf
+        if self.solved_at_step is None and len(self.episodes) == 100 and mean_return >= threshold:
+            self.solved_at_step = self.global_step
+        row = metrics | {"global_step": self.global_step, "losses/kl_coef": self.kl_coef}
+        row |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+        row |= {"charts/SPS": round(self.sps), "wall_time": round(self.wall_time, 3)}
+        print(*(row[name] for name in METRICS), sep=",", file=self.files["metrics.csv"])
+        for file in self.files.values():
+            file.flush()
+        if self.wandb:
+            try:
+                self.wandb.log(row)
+            except Exception as error:
+                self.wandb = None
+                print(f"wandb is gone, training goes on: {error}", file=sys.stderr)
+        last = self.signal or done == 1
+        if now >= self.next_save or last:
+            self.save()
+            self.next_save = time.time() + 100 * (time.time() - now)  # 1% of the time
+        if now >= self.next_line or last:
+            terminal = sys.stdout.isatty()
+            self.next_line = now + (1 if terminal else 10)
+            left = (args.num_iterations * args.batch_size - self.global_step) / self.sps
+            line = f"{done:4.0%} {self.global_step:,} steps, {self.sps:,.0f} SPS, {left:.0f} s left"
+            line += f", return {mean_return:.1f}, KL {metrics['losses/approx_kl']:.4f}"
+            line += f", clipped {metrics['losses/clipfrac']:.2f}"
+            line += f", explained {metrics['losses/explained_variance']:.2f}"
+            print(f"{line:<99}", end="\r" if terminal and not last else "\n", flush=True)
+
+    def save(self) -> None:
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {name: file.tell() for name, file in self.files.items()}
+        state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
+        state |= {"script": Args.exp_name, "args": vars(self.args), "rng": torch.get_rng_state()}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write(self.folder / "checkpoint.pt", buffer.getvalue())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name, flushed to disk, renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def folder_of(args: Args) -> Path:
+    if path := args.resume or args.evaluate:
+        return Path(path).parent if Path(path).is_file() else Path(path)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    folder = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+    if os.environ.get("RANK", "0") == "0" and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--run-dir {folder}: is not empty; name a new folder")
+    return folder
+
+
+def video_folder(args: Args) -> Path | None:
+    """A new folder for each start, as the films of an earlier one keep their names."""
+    folder = Path(args.run_dir, "videos", f"started-{int(time.time())}")
+    return folder if args.capture_video else None
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Read this script's checkpoint from a file or run folder; runs no code that it may hold."""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != Args.exp_name:
+            raise ValueError(f"It was written by {checkpoint['script']}.py.")
+        Args(**checkpoint["args"])
+    except Exception as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"{file}: is no checkpoint for this script. {reason}") from error
+    return checkpoint
+
+
+def load_state(module: Any, state: dict[str, Any]) -> None:
+    try:
+        module.load_state_dict(state)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the checkpoint is for another network. {reason}") from error
+
+
+def resumed_args(args: Args, unset: Args) -> Args:
+    """The checkpoint's arguments with what `args` may change; `unset` is `args` with none given."""
+    saved = load_checkpoint(args.resume or args.evaluate)["args"]
+    free = {"resume", "evaluate", "cuda", "torch_threads"}
+    free |= {"total_timesteps"} if args.resume else {"eval_episodes", "seed", "capture_video"}
+    given = {name: value for name, value in vars(args).items() if value != getattr(unset, name)}
+    for name, value in given.items():
+        shrinks = name == "total_timesteps" and value < saved[name]
+        if value != saved[name] and (name not in free or shrinks):
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise ValueError(f"{flag}: contradicts the run's {saved[name]}; leave it out")
+    return replace(Args(**saved), **{"resume": args.resume, "evaluate": args.evaluate} | given)
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, Any]:
+    """Play an episode in each of --eval-episodes fresh environments, seeded from --seed alone.
+
+    One in each, as the first so many to end would favour short ones. Statistics stay frozen, and
+    training's random numbers untouched. Episodes longer than 27,000 steps are cut.
+    """
+    device, n = next(agent.parameters()).device, args.eval_episodes
+    if n == 0:
+        return dict.fromkeys(EVALUATION) | {"eval_episodes": 0}
+    envs = make_envs(args, n, videos)
+    returns, lengths, playing = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
+    with torch.random.fork_rng([device] if args.cuda else []), contextlib.closing(envs):
+        torch.manual_seed(args.seed)
+        obs, _ = envs.reset(seed=args.seed + 1_000_000)
+        while playing.any() and lengths.max() < 27_000:
+            action = agent.act(torch.as_tensor(obs, device=device), agent.eval_deterministic)
+            obs, _, _, _, infos = envs.step(action.cpu().numpy())
+            ended = playing & infos.get("_episode", False)
+            final = infos["episode"]["r"] if ended.any() else returns
+            returns = np.where(ended, final, np.where(playing, envs.episode_returns, returns))
+            lengths += playing
+            playing &= ~ended
+    numbers = (float(returns.mean()), float(returns.std()), n)
+    episodes = {"returns": returns.tolist(), "lengths": lengths.tolist(), "cut": playing.tolist()}
+    return dict(zip(EVALUATION, numbers, strict=True)) | episodes
+
+
+def average_gradients(agent: Agent) -> None:
+    """Average the gradients over all processes of torchrun, in one collective call."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in agent.parameters()]
+        mean = all_mean(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(mean, gradients)
+
+
+def check_finite(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(f"{name} is NaN or infinite")
+
+
+def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
+    """Train an agent. T steps, N environments (of this process), B = T * N rows, M a minibatch."""
+    device = torch.device("cuda" if args.cuda else "cpu")
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.manual_seed(args.seed)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    envs = make_envs(args, args.num_envs // world_size, video_folder(args))
+    stack.callback(envs.close)
+    agent = Agent(envs).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
+    reward_stats = RunningMeanStd().to(device)
+    run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
+    policy, loss_function = agent.get_action_and_value, minibatch_loss
+    if args.compile:
+        policy, loss_function = torch.compile(policy), torch.compile(loss_function)
+
+    T, N = args.num_steps, envs.num_envs
+    B = T * N
+    uint8 = envs.single_observation_space.dtype == np.uint8
+    obs_dtype = torch.uint8 if uint8 else torch.float32
+    next_obs, _ = envs.reset(seed=run.seed if args.resume else args.seed + rank * N)
+    next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)  # (N, ...)
+    running_returns = torch.zeros(N, device=device)
+
+    for iteration in range(run.iteration + 1, args.num_iterations + 1):
+        run.iteration = iteration
+        # ---- Phase 1: anneal (detail 4)
+        remaining = 1 - (iteration - 1) / args.num_iterations
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        # ---- Phase 2: rollout
+        decisions, outcomes, final_obs = [], [], []
+        for t in range(T):
+            with torch.no_grad():
+                action, logprob, _, value = policy(next_obs)
+            decisions.append((next_obs, action, logprob, value))
+            # Fetching the actions is the rollout's only wait for a GPU.
+            next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
+            next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
+            truncated = truncated & ~terminated
+            outcomes.append((reward, terminated, truncated))
+            final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated)]
+            for i in np.flatnonzero(infos.get("_episode", ())):
+                step = run.global_step + (t + 1) * args.num_envs
+                run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
+        run.global_step += args.batch_size
+        obs, actions, logprobs, values = map(
+            torch.stack, zip(*decisions, strict=True)
+        )  # (T, N, ...)
+        outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
+        rewards, terminations, truncations = outcomes.unbind(dim=1)  # each (T, N)
+        # (K, ...), of the K rows that a time limit ended
+        final_obs = torch.as_tensor(np.array(final_obs), dtype=obs_dtype, device=device)
+        dones = terminations + truncations
+        check_finite(observation=obs, reward=rewards)
+        if args.norm_reward:
+            traces, running_returns = discounted_returns(
+                rewards, dones, args.gamma, running_returns
+            )
+            reward_stats.update(traces.flatten())
+            rewards = (rewards / reward_stats.std()).float()
+
+        # (T, N, ...) -> (B, ...)
+        batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
+        batch = {name: x.flatten(0, 1) for name, x in batch.items()}
+        if run.kl_coef:
+            batch["dist"] = agent.get_dist(batch["obs"]).detach()
+        minibatches = []
+        for epoch in range(args.update_epochs):
+            # ---- Phase 3: advantages
+            if epoch == 0 or args.recompute_advantages:
+                if epoch > 0:
+                    values = agent.get_value(batch["obs"]).detach().view(T, N)
+                next_values = bootstrap_values(agent, values, next_obs, truncations, final_obs)
+                advantages, returns = compute_gae(
+                    rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
+                )
+                for name, x in (
+                    ("advantages", advantages),
+                    ("returns", returns),
+                    ("values", values),
+                ):
+                    batch[name] = x.flatten()
+            # ---- Phase 4: update
+            for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
+                mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
+                loss, stats = loss_function(agent, args, mb, run.kl_coef)
+                optimizer.zero_grad()
+                loss.backward()
+                average_gradients(agent)
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                if not args.cuda:  # a GPU would have to wait for this; it is checked below
+                    check_finite(loss=loss, gradient=grad_norm)
+                optimizer.step()
+                minibatches.append(stats | {"grad_norm": grad_norm})
+            kls = [stats["approx_kl"] for stats in minibatches[-args.num_minibatches :]]
+            if args.target_kl is not None and all_mean(torch.stack(kls).mean()) > args.target_kl:
+                break
+        if args.surrogate == "kl-adaptive":  # [PPO] section 4
+            kl = all_mean(agent.kl(batch["dist"], agent.get_dist(batch["obs"])).detach().mean())
+            run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
+            run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
+
+        # ---- Phase 5: record (means over all minibatches)
+        metrics = {"charts/learning_rate": learning_rate}
+        for name in minibatches[0]:
+            mean = torch.stack([stats[name] for stats in minibatches]).mean()
+            metrics[f"losses/{name}"] = mean.item()
+        check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
+        explained = 1 - (returns - values).var() / returns.var()
+        metrics["losses/explained_variance"] = explained.item()
+        if getattr(args, "norm_obs", False):
+            agent.obs_stats.update(batch["obs"])
+        run.record(metrics)
+        if all_mean(torch.tensor(float(run.signal), device=device)):
+            break
+    return agent, run
+
+
+def train(args: Args) -> str:
+    """Train, evaluate, write summary.json; returns the run folder.
+
+    Raises ValueError where `args` cannot be run, RuntimeError where training fails (it names the
+    step), SystemExit after Ctrl-C (130) or SIGTERM (143), when everything is saved.
+    """
+    args = resumed_args(args, unset=Args()) if args.resume else args
+    args.check()
+    args = replace(args, run_dir=str(folder_of(args)))
+    with contextlib.ExitStack() as stack:
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if args.cuda else "gloo")
+            stack.callback(dist.destroy_process_group)
+        agent, run = ppo(args, stack)
+        if run.signal:
+            print(f"stopped; go on with --resume {run.folder}", flush=True)
+            raise SystemExit(128 + run.signal)
+        if run.rank == 0:
+            result = evaluate(agent, args)
+            returns = [episodic_return for episodic_return, _ in run.episodes]
+            summary = {"global_step": run.global_step, "wall_time": run.wall_time, "SPS": run.sps}
+            summary["train_return_last100"] = float(np.mean(returns)) if returns else None
+            summary |= {name: result[name] for name in EVALUATION}
+            summary["solved_at_step"] = run.solved_at_step
+            write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
+            print(*(f"{name}={value}" for name, value in summary.items()))
+            print(f"files in {run.folder}", flush=True)
+    return str(run.folder)
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """--evaluate: write evaluation.json into the run folder and print the mean."""
+    args.check()
+    args = replace(args, run_dir=str(folder_of(args)))
+    with contextlib.closing(make_envs(args, 1)) as envs:
+        agent = Agent(envs)
+    load_state(agent, load_checkpoint(args.evaluate)["agent"])
+    result = evaluate(agent.to("cuda" if args.cuda else "cpu"), args, video_folder(args))
+    write(Path(args.run_dir, "evaluation.json"), json.dumps(result, indent=2).encode())
+    print(*(f"{name}={result[name]}" for name in EVALUATION))
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on stderr and exit code 2."""
+    try:
+        args = tyro.cli(Args)
+        if path := args.resume or args.evaluate:
+            unset = Args(**load_checkpoint(path)["args"])
+            args = resumed_args(tyro.cli(Args, default=unset), unset)
+        evaluate_checkpoint(args) if args.evaluate else train(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, (FloatingPointError, OSError)):
+            traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+# <<< shared: algorithm
+
+
+if __name__ == "__main__":
+    main()

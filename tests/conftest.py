@@ -1,0 +1,61 @@
+"""What the tests share: the scripts as modules, small agents, fixed random numbers."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from torch import Tensor, nn
+
+# PPO_SCRIPTS_DIR lets the tests judge changed copies of the scripts, in another folder.
+FOLDER = Path(os.environ.get("PPO_SCRIPTS_DIR", Path(__file__).resolve().parents[1]))
+SCRIPTS = [
+    name for name in ("ppo", "ppo_continuous", "ppo_atari") if (FOLDER / f"{name}.py").exists()
+]
+sys.path.insert(0, str(FOLDER))
+
+VECTOR = Box(-np.inf, np.inf, (3,), np.float32)
+SPACES = {  # observations and actions of the agents under test
+    "ppo": (VECTOR, Discrete(5)),
+    "ppo_continuous": (VECTOR, Box(-1, 1, (2, 3), np.float32)),
+    "ppo_atari": (Box(0, 255, (4, 84, 84), np.uint8), Discrete(5)),
+}
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request: pytest.FixtureRequest) -> ModuleType:
+    """Each script that exists; @pytest.mark.parametrize("script", [...], indirect=True) picks."""
+    if request.param not in SCRIPTS:
+        pytest.skip(f"no {request.param}.py")
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def agent(script: ModuleType) -> nn.Module:
+    """An agent with 5 actions, or with actions of shape (2, 3)."""
+    observations, actions = SPACES[script.__name__]
+    envs = SimpleNamespace(single_observation_space=observations, single_action_space=actions)
+    return script.Agent(envs)
+
+
+@pytest.fixture
+def observe(script: ModuleType) -> Callable[[int], Tensor]:
+    """A function that makes up n raw observations."""
+    space = SPACES[script.__name__][0]
+    if space.dtype == np.uint8:
+        return lambda n: torch.randint(0, 256, (n, *space.shape), dtype=torch.uint8)
+    scale, offset = torch.tensor([0.1, 1.0, 30.0]), torch.tensor([0.0, -5.0, 100.0])
+    return lambda n: offset + scale * torch.randn(n, *space.shape)

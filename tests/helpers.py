@@ -1,0 +1,135 @@
+"""What several test modules need: short runs, their files, and runs in processes of their own."""
+
+import csv
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ppo
+import ppo_continuous
+
+ROOT = Path(ppo.__file__).parent
+SCRIPTS = (ppo, ppo_continuous)
+ENV_IDS = {"ppo": "CartPole-v1", "ppo_continuous": "Pendulum-v1"}
+TIMES = ("charts/SPS", "wall_time")
+
+# Settings of a run of half a second: 8 iterations of 64 steps.
+TINY = {
+    "total_timesteps": 512,
+    "num_envs": 4,
+    "num_steps": 16,
+    "num_minibatches": 2,
+    "update_epochs": 2,
+    "eval_episodes": 0,
+    "cuda": False,
+}
+
+
+def tiny(script: ModuleType, **changes: Any) -> Any:
+    """Arguments of a short run."""
+    return script.Args(**({"env_id": ENV_IDS[script.__name__]} | TINY | changes))
+
+
+def flags(script: ModuleType, **changes: Any) -> list[str]:
+    """The same as a command line."""
+    words = []
+    for name, value in ({"env_id": ENV_IDS[script.__name__]} | TINY | changes).items():
+        flag = name.replace("_", "-")
+        words += (
+            [f"--{'' if value else 'no-'}{flag}"]
+            if value in (True, False) and isinstance(value, bool)
+            else [f"--{flag}", str(value)]
+        )
+    return words
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows as text, so that equal means equal to the last digit and nan equals nan."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def metrics(folder: str | Path, times: bool = False) -> list[dict[str, str]]:
+    """metrics.csv, without the columns that hold times."""
+    rows = read_csv(Path(folder, "metrics.csv"))
+    return [{k: v for k, v in row.items() if times or k not in TIMES} for row in rows]
+
+
+def column(folder: str | Path, name: str) -> list[float]:
+    return [float(row[name]) for row in metrics(folder, times=True)]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+# A fork server that has imported torch once starts each of these processes in milliseconds.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["torch._dynamo", "ppo", "ppo_continuous"])
+
+
+def child(
+    script: str,
+    argv: list[str],
+    output: Path,
+    environ: dict[str, str],
+    file_limit: int | None,
+    die_at: str | None,
+) -> None:
+    """Run in the new process: `python script.py argv`, the two streams written to files."""
+    os.chdir(output)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ.update(environ)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if die_at:
+        arm(die_at)
+    sys.argv = [f"{script}.py", *argv]
+    importlib.import_module(script).main()
+
+
+def arm(call: str) -> None:
+    """Make the process kill itself in its third call of os.fsync or os.replace on a checkpoint."""
+    real, calls = getattr(os, call), []
+
+    def deadly(*args: Any) -> None:
+        names = [os.readlink(f"/proc/self/fd/{x}") if isinstance(x, int) else str(x) for x in args]
+        calls.extend(name for name in names[:1] if "checkpoint.pt" in name)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*args)
+
+    setattr(os, call, deadly)
+
+
+def start(
+    script: ModuleType,
+    argv: list[str],
+    output: Path,
+    environ: dict[str, str] | None = None,
+    file_limit: int | None = None,
+    die_at: str | None = None,
+) -> BaseProcess:
+    """Start the script in a process of its own; output/stdout and output/stderr are what it says.
+
+    Its exitcode is below 0 where a signal ended it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    args = (script.__name__, argv, output, environ or {}, file_limit, die_at)
+    process = server.Process(target=child, args=args, daemon=True)
+    process.start()
+    return process

@@ -1,0 +1,266 @@
+"""Running statistics, advantage normalisation and reward scaling, against numpy."""
+
+import io
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+BATCHES = (1, 7, 64, 3, 200)  # rows
+
+
+class Threads:
+    """Stands in for torch.distributed: threads play the processes of torchrun."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size, self.parts = world_size, []
+        self.barrier = threading.Barrier(world_size, timeout=20)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self) -> int:
+        return self.world_size
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Every process's x becomes the sum of them all, as torch.distributed does by default."""
+        self.parts.append(x.clone())
+        self.barrier.wait()
+        x.copy_(torch.stack(self.parts).sum(dim=0))
+        self.barrier.wait()
+        self.parts.clear()
+        self.barrier.wait()
+
+    def run(self, function: Callable[[int], object]) -> list:
+        """What function(rank) gives, for each rank."""
+        with ThreadPoolExecutor(self.world_size) as pool:
+            return list(pool.map(function, range(self.world_size)))
+
+
+# ---- RunningMeanStd
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
+def test_running_statistics_are_those_of_the_whole_history(
+    script: ModuleType, shape: tuple[int, ...], offset: float, dtype: torch.dtype
+) -> None:
+    stats, history = script.RunningMeanStd(shape), []
+    for i, rows in enumerate(BATCHES):  # each batch has a mean and a spread of its own
+        batch = (offset + i + (i + 1) * torch.randn(rows, *shape, dtype=torch.float64)).to(dtype)
+        stats.update(batch)
+        history.append(batch.double().numpy())
+        seen = np.concatenate(history)
+        np.testing.assert_allclose(stats.mean.numpy(), seen.mean(axis=0), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(stats.var.numpy(), seen.var(axis=0), rtol=1e-7, atol=1e-12)
+        assert stats.count.item() == len(seen)
+    np.testing.assert_allclose(stats.std().numpy(), seen.std(axis=0), rtol=1e-6)
+    assert stats.mean.dtype == stats.var.dtype == torch.float64
+    assert stats.mean.shape == stats.var.shape == shape
+
+
+def test_many_updates_lose_no_precision(script: ModuleType) -> None:
+    stats = script.RunningMeanStd((1,))
+    history = 1e7 + torch.randn(500, 4, 1, dtype=torch.float64)
+    for batch in history:
+        stats.update(batch)
+    np.testing.assert_allclose(stats.mean.numpy(), history.numpy().mean(axis=(0, 1)), rtol=1e-14)
+    np.testing.assert_allclose(stats.var.numpy(), history.numpy().var(axis=(0, 1)), rtol=1e-6)
+
+
+def test_one_large_batch_is_as_good_as_many_small_ones(script: ModuleType) -> None:
+    rows = 5 + 2 * torch.randn(60, 3)
+    whole, parts = script.RunningMeanStd((3,)), script.RunningMeanStd((3,))
+    whole.update(rows)
+    for part in rows.split(7):
+        parts.update(part)
+    torch.testing.assert_close(whole.state_dict(), parts.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+def test_fresh_statistics_are_the_identity(script: ModuleType, dtype: torch.dtype) -> None:
+    x = torch.tensor([[0.0, 1.0, 11.0], [250.0, 3.0, 10.0]]).to(dtype)
+    x = x if dtype == torch.uint8 else torch.cat([x, -1000 * x])
+    normalized = script.RunningMeanStd((3,)).normalize(x)
+    assert normalized.dtype == torch.float32
+    assert torch.equal(normalized, x.float())
+
+
+def test_normalized_rows_have_mean_0_and_std_1(script: ModuleType) -> None:
+    x = torch.tensor([1e-2, 1.0, 1e4]) * torch.randn(500, 3) + torch.tensor([5.0, -1.0, 1e5])
+    stats = script.RunningMeanStd((3,))
+    stats.update(x)
+    normalized = stats.normalize(x)
+    assert normalized.dtype == torch.float32
+    np.testing.assert_allclose(normalized.numpy().mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(normalized.numpy().std(axis=0), 1, rtol=1e-3)
+
+
+def test_normalized_values_worked_by_hand(script: ModuleType) -> None:
+    """Rows 1 and 5 have mean 3 and standard deviation 2; results are held within 10."""
+    stats = script.RunningMeanStd((1,))
+    stats.update(torch.tensor([[1.0], [5.0]]))
+    x = torch.tensor([[3.0], [4.0], [0.0], [22.8], [23.2], [1e9], [-16.8], [-17.2], [-1e9]])
+    expected = torch.tensor([[0.0], [0.5], [-1.5], [9.9], [10], [10], [-9.9], [-10], [-10]])
+    torch.testing.assert_close(stats.normalize(x), expected)
+    torch.testing.assert_close(stats.normalize(x.double()), expected)
+
+
+def test_what_never_changes_is_no_division_by_zero(script: ModuleType) -> None:
+    stats = script.RunningMeanStd((2,))
+    for _ in range(3):
+        stats.update(torch.full((8, 2), 0.1))
+    assert torch.equal(stats.normalize(torch.full((4, 2), 0.1)), torch.zeros(4, 2))
+    assert (stats.std() > 0).all()
+
+
+def test_normalizing_does_not_update(script: ModuleType) -> None:
+    stats = script.RunningMeanStd((3,))
+    stats.update(torch.randn(9, 3))
+    before = {name: x.clone() for name, x in stats.state_dict().items()}
+    stats.normalize(torch.randn(50, 3) + 7), stats.std()
+    assert all(torch.equal(x, before[name]) for name, x in stats.state_dict().items())
+
+
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_statistics_survive_saving(script: ModuleType, updates: int) -> None:
+    """All of them: what was loaded normalises alike now and after further updates."""
+    stats, loaded, file = script.RunningMeanStd((3,)), script.RunningMeanStd((3,)), io.BytesIO()
+    for _ in range(updates):
+        stats.update(3 + 5 * torch.randn(20, 3))
+    torch.save(stats.state_dict(), file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    x, more = 200 * torch.randn(30, 3), torch.randn(11, 3)
+    assert torch.equal(stats.normalize(x), loaded.normalize(x))
+    stats.update(more), loaded.update(more)
+    assert torch.equal(stats.normalize(x), loaded.normalize(x))
+
+
+# ---- over processes
+
+
+def test_a_single_process_has_its_own_mean(script: ModuleType) -> None:
+    x = torch.randn(4, 3)
+    copy = x.clone()
+    assert script.all_mean(x) is x
+    assert torch.equal(x, copy)
+
+
+def test_mean_over_processes(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = Threads(3)
+    monkeypatch.setattr(script, "dist", threads)
+    x = torch.randn(3, 5)
+    parts = x.clone()
+    means = threads.run(lambda rank: script.all_mean(parts[rank]))
+    for rank in range(3):
+        torch.testing.assert_close(means[rank], x.mean(dim=0))
+        torch.testing.assert_close(parts[rank], x.mean(dim=0))  # in place
+
+
+def test_moments(script: ModuleType) -> None:
+    x = 3 + 2 * torch.randn(50, 4, dtype=torch.float64)
+    copy = x.clone()
+    mean, var = script.all_moments(x)
+    np.testing.assert_allclose(mean.numpy(), x.numpy().mean(axis=0))
+    np.testing.assert_allclose(var.numpy(), x.numpy().var(axis=0))
+    assert torch.equal(x, copy)
+
+
+def test_processes_together_know_what_one_would(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments, advantages and running statistics are those of all processes' rows."""
+    x = torch.randn(2, 3, 10, 4, dtype=torch.float64)  # processes, updates, rows, columns
+    x[1] = 100 + 7 * x[1]
+    whole = script.RunningMeanStd((4,))
+    for i in range(3):
+        whole.update(x[:, i].flatten(0, 1))
+    advantages = script.normalize_advantages(x[:, 0, :, 0].flatten()).view(2, 10)
+
+    def process(rank: int) -> tuple[Tensor, ...]:
+        stats = script.RunningMeanStd((4,))
+        for i in range(3):
+            stats.update(x[rank, i])
+        own = script.normalize_advantages(x[rank, 0, :, 0])
+        return *script.all_moments(x[rank, 0]), own, stats
+
+    threads = Threads(2)
+    monkeypatch.setattr(script, "dist", threads)
+    first = x[:, 0].flatten(0, 1).numpy()
+    for rank, (mean, var, own, stats) in enumerate(threads.run(process)):
+        np.testing.assert_allclose(mean.numpy(), first.mean(axis=0))
+        np.testing.assert_allclose(var.numpy(), first.var(axis=0))
+        torch.testing.assert_close(own, advantages[rank])
+        torch.testing.assert_close(stats.mean, whole.mean)
+        torch.testing.assert_close(stats.var, whole.var)
+
+
+# ---- normalize_advantages
+
+
+@pytest.mark.parametrize("rows", [2, 5, 64, 1000])
+def test_advantages_get_mean_0_and_std_1(script: ModuleType, rows: int) -> None:
+    advantages = 50 + 20 * torch.randn(rows)
+    copy = advantages.clone()
+    normalized = script.normalize_advantages(advantages)
+    assert normalized.shape == (rows,) and normalized.dtype == torch.float32
+    assert normalized.numpy().mean() == pytest.approx(0, abs=1e-5)
+    assert normalized.numpy().std() == pytest.approx(1, rel=1e-4)
+    assert torch.equal(normalized.argsort(), advantages.argsort())
+    assert torch.equal(advantages, copy)
+
+
+def test_advantages_worked_by_hand(script: ModuleType) -> None:
+    """2, 4, 4, 4, 5, 5, 7, 9 have mean 5 and (population) standard deviation 2."""
+    normalized = script.normalize_advantages(torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9]))
+    expected = torch.tensor([-1.5, -0.5, -0.5, -0.5, 0, 0, 1, 2])
+    torch.testing.assert_close(normalized, expected)
+
+
+def test_equal_advantages_become_0(script: ModuleType) -> None:
+    assert torch.equal(script.normalize_advantages(torch.full((8,), 3.0)), torch.zeros(8))
+
+
+# ---- discounted_returns
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+def test_discounted_returns_by_definition(script: ModuleType, gamma: float) -> None:
+    """The sum of gamma^k * r_{t-k} back to the episode's start, in whichever batch that was."""
+    T, N = 36, 5
+    rewards = torch.randn(T, N, dtype=torch.float64)
+    dones = (torch.rand(T, N) < 0.15).double()
+    assert dones[11].any() and dones[:11].any()  # an end in a batch's last row, and inside
+    dones[11, 0], dones[11, 1] = 1, 0
+    expected = torch.zeros(T, N, dtype=torch.float64)
+    for n in range(N):
+        for t in range(T):
+            for k in range(t + 1):
+                if k and dones[t - k, n]:
+                    break
+                expected[t, n] += gamma**k * rewards[t - k, n]
+    start = torch.zeros(N, dtype=torch.float64)
+    traces = []
+    for batch in range(3):
+        rows = slice(12 * batch, 12 * (batch + 1))
+        copy = start.clone()
+        trace, next_start = script.discounted_returns(rewards[rows], dones[rows], gamma, start)
+        assert torch.equal(start, copy)  # untouched
+        start = next_start
+        traces.append(trace)
+    torch.testing.assert_close(torch.cat(traces), expected)
+
+
+def test_discounted_returns_worked_by_hand(script: ModuleType) -> None:
+    rewards = torch.tensor([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])
+    dones = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    traces, end = script.discounted_returns(rewards, dones, 0.5, torch.tensor([0.0, 8.0]))
+    torch.testing.assert_close(traces, torch.tensor([[1.0, 5.0], [2.5, 4.5], [4.0, 6.25]]))
+    torch.testing.assert_close(end, torch.tensor([4.0, 0.0]))
