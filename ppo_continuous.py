@@ -86,6 +86,8 @@ class Args:
     """Adam's step size; lower it where approx_kl or clipfrac run high; 1e-4 to 1e-3"""
     anneal_lr: bool = True
     """lower the learning rate linearly over the run: steadier at the end"""
+    final_lr_fraction: float = 0.33
+    """the share of the learning rate that annealing leaves at the end; 0 to 1"""
     update_epochs: int = 10
     """passes over each batch; more squeeze more out of it but strain the trust region; 3 to 20"""
     num_minibatches: int = 32
@@ -159,12 +161,13 @@ class Args:
             if condition:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {mend}")
 
+        fractions = ("gamma", "gae_lambda", "final_lr_fraction", "sticky_actions")
         counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
         for name, value in vars(self).items():
             number = value if isinstance(value, int | float) else 0
             refuse(name, not 0 <= number < math.inf, "must be a finite number, not negative")
             refuse(name, name in counts and value < 1, "must be at least 1")
-            refuse(name, name in ("gamma", "gae_lambda") and value > 1, "must be at most 1")
+            refuse(name, name in fractions and value > 1, "must be at most 1")
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_target"):
             refuse(name, getattr(self, name) == 0, "must be greater than 0")
         batch = f"the batch of --num-envs x --num-steps = {self.batch_size} rows"
@@ -177,6 +180,7 @@ class Args:
             ("kl_coef", self.surrogate.startswith("kl"), "--surrogate kl-fixed or kl-adaptive"),
             ("kl_target", self.surrogate == "kl-adaptive", "--surrogate kl-adaptive"),
             ("clip_coef", self.surrogate == "clip" or self.clip_vloss, "--surrogate clip"),
+            ("final_lr_fraction", self.anneal_lr, "--anneal-lr"),
             ("wandb_project_name", self.track, "--track"),
             ("wandb_entity", self.track, "--track"),
         ):
@@ -774,8 +778,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     for iteration in range(run.iteration + 1, args.num_iterations + 1):
         run.iteration = iteration
         # ---- Phase 1: anneal (detail 4)
-        remaining = 1 - (iteration - 1) / args.num_iterations
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        progress = (iteration - 1) / args.num_iterations if args.anneal_lr else 0.0
+        learning_rate = args.learning_rate * (1 - progress * (1 - args.final_lr_fraction))
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ---- Phase 2: rollout
@@ -894,6 +898,8 @@ def train(args: Args) -> str:
             write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
             print(*(f"{name}={value}" for name, value in summary.items()))
             print(f"files in {run.folder}", flush=True)
+        if dist.is_initialized():
+            dist.barrier()  # leave together
     return str(run.folder)
 
 
