@@ -80,6 +80,8 @@ class Args:
     """discount of future rewards: the policy plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999"""
     gae_lambda: float = 0.95
     """lower trusts the critic (bias), higher the rewards that followed (variance); 0.8 to 0.98"""
+    norm_obs: bool = False
+    """normalise observations by running mean and std; try it where their sizes differ"""
     norm_reward: bool = False
     """divide rewards by the running std of returns; try it where returns are far from 1"""
     sticky_actions: float = 0.0
@@ -225,6 +227,8 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     that ends a game returns the first observation of the next one.
     Raises ValueError for what is no Atari game.
     """
+    if args.norm_obs:
+        raise ValueError("--norm-obs True: pixels are scaled to [0, 1] already; leave it out")
     with env_errors(args.env_id):
         spec = gym.spec(args.env_id)
         if "game" not in spec.kwargs:
@@ -486,7 +490,7 @@ def ppo_loss(
 
 
 def minibatch_loss(
-    agent: Agent, args: Args, mb: dict[str, Tensor], kl_coef: float
+    agent: Agent, args: Args, mb: dict[str, Tensor], kl_coef: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """ppo_loss of the rows mb for the agent as it is now; one function for --compile to fuse."""
     _, new_logprobs, entropies, new_values = agent.get_action_and_value(mb["obs"], mb["actions"])
@@ -541,7 +545,7 @@ METRICS = (
 ).split()
 EPISODES = "global_step episodic_return episodic_length wall_time".split()
 EVALUATION = "eval_return_mean eval_return_std eval_episodes".split()
-PROGRESS = "iteration global_step wall_time kl_coef episodes solved_at_step wandb_id".split()
+PROGRESS = "iteration global_step wall_time sps kl_coef episodes solved_at_step wandb_id".split()
 
 
 class Run:
@@ -551,7 +555,7 @@ class Run:
         """Create the folder, or restore the modules (anything with a state_dict) to resume."""
         self.args, self.modules, self.wandb, self.files = args, modules, None, {}
         self.iteration = self.global_step = self.signal = self.next_save = self.next_line = 0
-        self.wall_time, self.episodes, self.solved_at_step = 0.0, [], None
+        self.wall_time, self.sps, self.episodes, self.solved_at_step = 0.0, 0.0, [], None
         self.kl_coef = args.kl_coef if args.surrogate.startswith("kl") else 0.0
         self.folder, self.wandb_id = Path(args.run_dir), os.urandom(8).hex()
         saved = load_checkpoint(args.resume) if args.resume else {}
@@ -559,7 +563,7 @@ class Run:
             load_state(module, saved[name])
         vars(self).update(saved.get("progress", {}))
         self.began, self.resumed = time.time() - self.wall_time, time.time()
-        self.sps, self.first_step = 0.0, self.global_step
+        self.first_step = self.global_step
         # Seeds of their own for other processes and for the environments of a resumed run
         self.rank = int(os.environ.get("RANK", 0))
         sequence = np.random.SeedSequence((args.seed, self.rank, self.iteration))
@@ -576,7 +580,10 @@ class Run:
             for name, columns in (("metrics.csv", METRICS), ("episodes.csv", EPISODES)):
                 file = open(self.folder / name, "a" if saved else "x")
                 self.files[name] = stack.enter_context(file)
+                if file.tell() < saved.get(name, 0):
+                    raise OSError(f"{name} is shorter than the checkpoint says")
                 file.truncate(saved.get(name, 0))  # rows after the checkpoint are trained again
+                file.seek(0, os.SEEK_END)
                 file.write("" if saved else ",".join(columns) + "\n")
             write(self.folder / "config.json", json.dumps(config, indent=2).encode())
             write(self.folder / "script.py", Path(__file__).read_bytes())
@@ -595,12 +602,18 @@ class Run:
             with contextlib.suppress(ValueError):  # only the main thread may
                 stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
         print(f"{args.env_id}, seed {args.seed}, files in {self.folder}")
+        steps = f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps"
         print(
-            f"{args.num_iterations:,} iterations: {args.total_timesteps:,} steps in whole batches"
+            f"{args.num_iterations:,} iterations, {steps}; device {'cuda' if args.cuda else 'cpu'}"
         )
-        print(f"batch: {args.batch_size:,} = {args.num_envs} envs x {args.num_steps} steps")
         print(
-            f"updates: {args.update_epochs} epochs x {args.num_minibatches} minibatches", flush=True
+            f"each: {args.batch_size:,} rows = {args.num_envs} envs x {args.num_steps} steps, then"
+        )
+        updates = (
+            f"{args.update_epochs * args.num_minibatches} updates = {args.update_epochs} epochs"
+        )
+        print(
+            f"{updates} x {args.num_minibatches} minibatches of {args.minibatch_size}", flush=True
         )
 
     def on_signal(self, number: int, frame: object) -> None:
@@ -621,7 +634,7 @@ class Run:
             row = (step, *self.episodes[-1], round(time.time() - self.began, 3))
             print(*row, sep=",", file=self.files["episodes.csv"])
 
-    def record(self, metrics: dict[str, float]) -> None:
+    def record(self, metrics: dict[str, float], last: bool) -> None:
         """Write the iteration's row; when it is time, a checkpoint and the progress line."""
         if self.rank:
             return
@@ -645,7 +658,6 @@ class Run:
             except Exception as error:
                 self.wandb = None
                 print(f"wandb is gone, training goes on: {error}", file=sys.stderr)
-        last = self.signal or done == 1
         if now >= self.next_save or last:
             self.save()
             self.next_save = time.time() + 100 * (time.time() - now)  # 1% of the time
@@ -796,7 +808,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     obs_dtype = torch.uint8 if uint8 else torch.float32
     next_obs, _ = envs.reset(seed=run.seed if args.resume else args.seed + rank * N)
     next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)  # (N, ...)
-    running_returns = torch.zeros(N, device=device)
+    carry = torch.zeros(N, device=device)  # discounted returns of the episodes under way
 
     for iteration in range(run.iteration + 1, args.num_iterations + 1):
         run.iteration = iteration
@@ -806,11 +818,11 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ---- Phase 2: rollout
-        decisions, outcomes, final_obs = [], [], []
+        steps, outcomes, final_obs = [], [], []
         for t in range(T):
             with torch.no_grad():
                 action, logprob, _, value = policy(next_obs)
-            decisions.append((next_obs, action, logprob, value))
+            steps.append((next_obs, action, logprob, value))
             # Fetching the actions is the rollout's only wait for a GPU.
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
             next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
@@ -821,28 +833,24 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 step = run.global_step + (t + 1) * args.num_envs
                 run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
         run.global_step += args.batch_size
-        obs, actions, logprobs, values = map(
-            torch.stack, zip(*decisions, strict=True)
-        )  # (T, N, ...)
+        # (T, N, ...) each, and (K, ...) of the K rows that a time limit ended
+        obs, actions, logprobs, values = map(torch.stack, zip(*steps, strict=True))
         outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
-        rewards, terminations, truncations = outcomes.unbind(dim=1)  # each (T, N)
-        # (K, ...), of the K rows that a time limit ended
-        final_obs = torch.as_tensor(np.array(final_obs), dtype=obs_dtype, device=device)
+        rewards, terminations, truncations = outcomes.unbind(dim=1)
         dones = terminations + truncations
+        final_obs = torch.as_tensor(np.array(final_obs), dtype=obs_dtype, device=device)
         check_finite(observation=obs, reward=rewards)
         if args.norm_reward:
-            traces, running_returns = discounted_returns(
-                rewards, dones, args.gamma, running_returns
-            )
+            traces, carry = discounted_returns(rewards, dones, args.gamma, carry)
             reward_stats.update(traces.flatten())
             rewards = (rewards / reward_stats.std()).float()
 
         # (T, N, ...) -> (B, ...)
         batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
         batch = {name: x.flatten(0, 1) for name, x in batch.items()}
-        if run.kl_coef:
+        if args.surrogate.startswith("kl"):
             batch["dist"] = agent.get_dist(batch["obs"]).detach()
-        minibatches = []
+        minibatches, kl_coef = [], torch.tensor(run.kl_coef, device=device)
         for epoch in range(args.update_epochs):
             # ---- Phase 3: advantages
             if epoch == 0 or args.recompute_advantages:
@@ -852,16 +860,12 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 advantages, returns = compute_gae(
                     rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
                 )
-                for name, x in (
-                    ("advantages", advantages),
-                    ("returns", returns),
-                    ("values", values),
-                ):
-                    batch[name] = x.flatten()
+                batch |= {"advantages": advantages.flatten(), "returns": returns.flatten()}
+                batch["values"] = values.flatten()
             # ---- Phase 4: update
             for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
                 mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
-                loss, stats = loss_function(agent, args, mb, run.kl_coef)
+                loss, stats = loss_function(agent, args, mb, kl_coef)
                 optimizer.zero_grad()
                 loss.backward()
                 average_gradients(agent)
@@ -886,10 +890,11 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
         explained = 1 - (returns - values).var() / returns.var()
         metrics["losses/explained_variance"] = explained.item()
-        if getattr(args, "norm_obs", False):
+        if args.norm_obs:
             agent.obs_stats.update(batch["obs"])
-        run.record(metrics)
-        if all_mean(torch.tensor(float(run.signal), device=device)):
+        stopped = all_mean(torch.tensor(float(run.signal), device=device)) > 0
+        run.record(metrics, last=bool(stopped) or iteration == args.num_iterations)
+        if stopped:
             break
     return agent, run
 

@@ -1,14 +1,20 @@
 """Small environments for the tests. With tests/ on the path: --env-id envs:Name-v0."""
 
 import time
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-Step = tuple[Any, float, bool, bool, dict[str, Any]]
-Reset = tuple[Any, dict[str, Any]]
+Action = np.ndarray | np.integer | int
+Observation = np.ndarray | int | tuple | dict
+Step = tuple[Observation, float, bool, bool, dict]
+Reset = tuple[Observation, dict]
+
+
+def one_dimensional(continuous: bool) -> spaces.Space:
+    return spaces.Box(-1, 1, (1,), np.float32) if continuous else spaces.Discrete(2)
 
 
 class Constant(gym.Env):
@@ -24,16 +30,14 @@ class Constant(gym.Env):
     ) -> None:
         self.length, self.reward, self.terminates = length, reward, terminates
         self.observation_space = spaces.Box(-2, 2, (1,), np.float32)
-        self.action_space = (
-            spaces.Box(-1, 1, (1,), np.float32) if continuous else spaces.Discrete(2)
-        )
+        self.action_space = one_dimensional(continuous)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
         super().reset(seed=seed)
         self.steps = 0
         return np.ones(1, np.float32), {}
 
-    def step(self, action: Any) -> Step:
+    def step(self, action: Action) -> Step:
         self.steps += 1
         over = self.steps == self.length
         ends = over and self.terminates, over and not self.terminates
@@ -49,9 +53,7 @@ class Counter(gym.Env):
 
     def __init__(self, continuous: bool = False, render_mode: str | None = None) -> None:
         self.observation_space = spaces.Box(0, np.inf, (1,), np.float32)
-        self.action_space = (
-            spaces.Box(-1, 1, (1,), np.float32) if continuous else spaces.Discrete(2)
-        )
+        self.action_space = one_dimensional(continuous)
         self.episode = 0
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
@@ -60,7 +62,7 @@ class Counter(gym.Env):
         self.count = 1000 * self.episode
         return np.array([self.count], np.float32), {}
 
-    def step(self, action: Any) -> Step:
+    def step(self, action: Action) -> Step:
         self.count += 1
         terminated, truncated = (self.np_random.random(2) < 0.12).tolist()
         return np.array([self.count], np.float32), float(self.count), terminated, truncated, {}
@@ -87,22 +89,26 @@ class Identity(gym.Env):
             ),
         }[coded]
 
-    def observe(self) -> Any:
+    def observe(self) -> Observation:
         self.right = int(self.np_random.integers(self.action_space.n))
-        space, n = self.observation_space, int(self.action_space.n)
+        space = self.observation_space
         noise = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        if isinstance(space, spaces.Box):
+            one_hot = np.zeros(space.shape, space.dtype)
+            one_hot[self.right] = 1
+            return one_hot
         return {
             "discrete": self.right,
             "multidiscrete": np.array([self.np_random.integers(3), self.right]),
             "tuple": (self.right, noise),
             "dict": {"noise": noise[None], "right": self.right},
-        }.get(self.coded, np.eye(n, dtype=space.dtype)[self.right].reshape(space.shape or (1,) * n))
+        }[self.coded]
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
         super().reset(seed=seed)
         return self.observe(), {}
 
-    def step(self, action: Any) -> Step:
+    def step(self, action: Action) -> Step:
         if not self.action_space.contains(action):
             raise AssertionError(f"{action!r} is not in {self.action_space}")
         reward = float(action - self.start == self.right)
@@ -120,7 +126,7 @@ class IdentityBox(gym.Env):
         if coded == "dict":
             self.observation_space = spaces.Dict({"target": box, "zero": spaces.Box(0, 1, (1, 1))})
 
-    def observe(self) -> Any:
+    def observe(self) -> Observation:
         self.target = self.np_random.uniform(-1, 1, 2).astype(np.float32)
         if self.coded == "dict":
             return {"target": self.target, "zero": np.zeros((1, 1), np.float32)}
@@ -170,9 +176,7 @@ class Bad(gym.Env):
             raise RuntimeError("no licence\nfor this robot")
         self.way, self.steps = way, 0
         self.observation_space = spaces.Box(-1, 1, (2,), np.float32)
-        self.action_space = (
-            spaces.Box(-1, 1, (1,), np.float32) if continuous else spaces.Discrete(2)
-        )
+        self.action_space = one_dimensional(continuous)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
         super().reset(seed=seed)
@@ -180,7 +184,7 @@ class Bad(gym.Env):
             raise RuntimeError("the battery is flat")
         return np.zeros(2, np.float32), {}
 
-    def step(self, action: Any) -> Step:
+    def step(self, action: Action) -> Step:
         self.steps += 1
         now = self.steps >= 50
         if now and self.way == "step":

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import multiprocessing
 import os
 import resource
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import ppo
 import ppo_continuous
@@ -20,6 +20,7 @@ import ppo_continuous
 ROOT = Path(ppo.__file__).parent
 SCRIPTS = (ppo, ppo_continuous)
 ENV_IDS = {"ppo": "CartPole-v1", "ppo_continuous": "Pendulum-v1"}
+numbers = itertools.count()
 TIMES = ("charts/SPS", "wall_time")
 
 # Settings of a run of half a second: 8 iterations of 64 steps.
@@ -34,21 +35,21 @@ TINY = {
 }
 
 
-def tiny(script: ModuleType, **changes: Any) -> Any:
-    """Arguments of a short run."""
-    return script.Args(**({"env_id": ENV_IDS[script.__name__]} | TINY | changes))
+def tiny(script: ModuleType, **changes: object) -> ppo.Args:
+    """Arguments of a short run in a folder of its own (a second may see several of these runs)."""
+    defaults = {"env_id": ENV_IDS[script.__name__], "run_dir": f"runs/{next(numbers)}"}
+    return script.Args(**(defaults | TINY | changes))
 
 
-def flags(script: ModuleType, **changes: Any) -> list[str]:
+def flags(script: ModuleType, **changes: object) -> list[str]:
     """The same as a command line."""
     words = []
     for name, value in ({"env_id": ENV_IDS[script.__name__]} | TINY | changes).items():
         flag = name.replace("_", "-")
-        words += (
-            [f"--{'' if value else 'no-'}{flag}"]
-            if value in (True, False) and isinstance(value, bool)
-            else [f"--{flag}", str(value)]
-        )
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
     return words
 
 
@@ -106,7 +107,7 @@ def arm(call: str) -> None:
     """Make the process kill itself in its third call of os.fsync or os.replace on a checkpoint."""
     real, calls = getattr(os, call), []
 
-    def deadly(*args: Any) -> None:
+    def deadly(*args: int | str | Path) -> None:
         names = [os.readlink(f"/proc/self/fd/{x}") if isinstance(x, int) else str(x) for x in args]
         calls.extend(name for name in names[:1] if "checkpoint.pt" in name)
         if len(calls) == 3:

@@ -411,6 +411,9 @@ class Echo(gym.Env):
         np.array([10, 2, 1, np.inf, np.inf], np.float32),
     )
 
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         return np.zeros(5, np.float32), {}
 

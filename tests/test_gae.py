@@ -56,7 +56,7 @@ def test_lambda_0_is_the_td_error(script: ModuleType) -> None:
 
 
 def test_lambda_1_is_the_monte_carlo_return_minus_the_value(script: ModuleType) -> None:
-    """Returns are the episode's rewards, plus the value of the last state unless that is terminal."""
+    """Returns are the episode's rewards, plus the last state's value unless that is terminal."""
     rewards, values, next_values, terminations, dones = random_batch()
     T, N = rewards.shape
     within = dones[:-1] == 0  # inside an episode, the next state is the row below

@@ -368,6 +368,15 @@ def write_csv(path: Path, header: list[str], rows: list[list[Any]], comment: str
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
+def measured(*packages: str) -> str:
+    """When, where and with what a benchmark that has just run was measured."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    python = f"python {sys.version.split()[0]}"
+    return f"Measured {time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores, " + ", ".join(
+        [python, *versions]
+    )
+
+
 def provenance(runs: list[Run]) -> str:
     """One line: when, with which versions, and whether all runs are of one kind."""
     dates = sorted({run.date for run in runs})
@@ -403,7 +412,7 @@ def write_tables(name: str, experiment: Experiment, runs: list[Run], unfinished:
         row = [env_id, setting, seeds, steps]
         for values in (train, eval_):
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
-            row += [f"{statistics.fmean(values):.6g}", f"{spread:.4g}"]
+            row += [f"{statistics.fmean(values):.6g}", f"{spread:.4g}".replace("nan", "")]
         csv_rows.append([*row, *(" ".join(f"{x:.6g}" for x in v) for v in (train, eval_)), sps])
     header = ["environment"] + ["setting"] * (len(table[0]) == 9)
     header += ["seeds", "steps", "training, last 100", f"evaluation, {EVAL_EPISODES} episodes"]
@@ -562,8 +571,9 @@ def draw(name: str, runs: list[Run]) -> None:
             handles, labels = axis.get_legend_handles_labels()
             entries |= dict(zip(labels, handles, strict=True))
         chosen = {setting: entries[setting] for setting in settings if setting in entries}
+        ncols = min(6, max(1, int(12 * size[0] / (8 + max(map(len, chosen))))))
         figure.legend(
-            chosen.values(), chosen.keys(), loc="outside lower center", ncols=6, fontsize=9
+            chosen.values(), chosen.keys(), loc="outside lower center", ncols=ncols, fontsize=9
         )
     figure.suptitle("Training returns: mean over seeds, band from lowest to highest", fontsize=11)
     save(figure, HERE / "figures" / f"{name}.png")
