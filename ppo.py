@@ -89,7 +89,7 @@ class Args:
     """lower the learning rate linearly over the run: steadier at the end"""
     final_lr_fraction: float = 0.0
     """the share of the learning rate that annealing leaves at the end; 0 to 1"""
-    update_epochs: int = 20
+    update_epochs: int = 10
     """passes over each batch; more squeeze more out of it but strain the trust region; 3 to 20"""
     num_minibatches: int = 1
     """gradient steps per pass; more are smaller and noisier, usually of 64 to 512 rows"""

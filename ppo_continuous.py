@@ -28,7 +28,7 @@ What differs from ppo.py: the policy is a Gaussian, its actions are scaled to th
 bounds, observations and rewards are normalised, and `Args` holds other numbers.
 
 What differs from the paper: 64 short rollouts instead of one long one, advantages estimated anew
-before each epoch, a learning rate that ends at {end} of its start, and what ppo.py lists.
+before each epoch, a learning rate that ends at a third of its start, and what ppo.py lists.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 Details: Huang et al. 2022, "The 37 Implementation Details of Proximal Policy Optimization".
@@ -82,7 +82,7 @@ class Args:
     norm_reward: bool = True
     """divide rewards by the running std of returns; try it where returns are far from 1"""
     # Update
-    learning_rate: float = 3e-4
+    learning_rate: float = 4.5e-4
     """Adam's step size; lower it where approx_kl or clipfrac run high; 1e-4 to 1e-3"""
     anneal_lr: bool = True
     """lower the learning rate linearly over the run: steadier at the end"""
@@ -90,7 +90,7 @@ class Args:
     """the share of the learning rate that annealing leaves at the end; 0 to 1"""
     update_epochs: int = 10
     """passes over each batch; more squeeze more out of it but strain the trust region; 3 to 20"""
-    num_minibatches: int = 32
+    num_minibatches: int = 16
     """gradient steps per pass; more are smaller and noisier, usually of 64 to 512 rows"""
     recompute_advantages: bool = True
     """estimate advantages anew with the current critic before each epoch; helps with many epochs"""
@@ -252,11 +252,10 @@ class ScaleAction(gym.vector.VectorActionWrapper):
 
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
         super().__init__(envs)
-        space = envs.single_action_space
-        self.low, self.high = space.low, space.high
+        self.low, self.high = envs.single_action_space.low, envs.single_action_space.high
         bounded = np.isfinite(self.low) & np.isfinite(self.high)
-        self.center = np.where(bounded, 0.5 * self.low + 0.5 * self.high, 0.0)
-        self.half_range = np.where(bounded, 0.5 * self.high - 0.5 * self.low, 1.0)
+        low, high = np.where(bounded, self.low, -1.0), np.where(bounded, self.high, 1.0)
+        self.center, self.half_range = 0.5 * low + 0.5 * high, 0.5 * high - 0.5 * low
 
     def actions(self, actions: np.ndarray) -> np.ndarray:
         scaled = self.center + self.half_range * actions

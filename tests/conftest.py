@@ -59,3 +59,15 @@ def observe(script: ModuleType) -> Callable[[int], Tensor]:
         return lambda n: torch.randint(0, 256, (n, *space.shape), dtype=torch.uint8)
     scale, offset = torch.tensor([0.1, 1.0, 30.0]), torch.tensor([0.0, -5.0, 100.0])
     return lambda n: offset + scale * torch.randn(n, *space.shape)
+
+
+@pytest.fixture
+def shake() -> Callable[[nn.Module, float], None]:
+    """A function that changes all parameters, weights of large layers less."""
+
+    @torch.no_grad()
+    def shake(agent: nn.Module, strength: float) -> None:
+        for parameter in agent.parameters():
+            parameter += strength * torch.randn_like(parameter) / parameter[0].numel() ** 0.5
+
+    return shake

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
@@ -17,6 +18,7 @@ DISCRETE = pytest.mark.parametrize("script", ["ppo", "ppo_atari"], indirect=True
 CONTINUOUS = pytest.mark.parametrize("script", ["ppo_continuous"], indirect=True)
 VECTOR = pytest.mark.parametrize("script", ["ppo", "ppo_continuous"], indirect=True)
 Observe = Callable[[int], Tensor]
+Shake = Callable[[nn.Module, float], None]
 
 
 def build(script: ModuleType, observations: gym.Space, actions: gym.Space) -> nn.Module:
@@ -40,13 +42,6 @@ def last_actor_layer(agent: nn.Module) -> nn.Linear:
     layers = [m for m in agent.modules() if isinstance(m, nn.Linear) and m.out_features in (5, 6)]
     assert len(layers) == 1
     return layers[0]
-
-
-@torch.no_grad()
-def shake(agent: nn.Module) -> None:
-    """Make the policy far from uniform, and the standard deviations unequal."""
-    for parameter in agent.parameters():
-        parameter += 0.2 * torch.randn_like(parameter)
 
 
 @torch.no_grad()
@@ -90,9 +85,11 @@ def test_standard_deviations_at_first(agent: nn.Module, observe: Observe) -> Non
 
 
 @VECTOR
-def test_networks_are_tanh_layers(script: ModuleType, agent: nn.Module, observe: Observe) -> None:
+def test_networks_are_tanh_layers(
+    script: ModuleType, agent: nn.Module, observe: Observe, shake: Shake
+) -> None:
     """W3 tanh(W2 tanh(W1 x + b1) + b2) + b3, worked out in numpy."""
-    shake(agent)
+    shake(agent, 1.0)
     obs = observe(9) / 100
     for network, actual in (
         (agent.actor, agent.actor(obs)),
@@ -105,6 +102,23 @@ def test_networks_are_tanh_layers(script: ModuleType, agent: nn.Module, observe:
             weight, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
             x = np.tanh(x @ weight.T + bias) if hidden else x @ weight.T + bias
         np.testing.assert_allclose(actual.detach().numpy(), x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", ["ppo_atari"], indirect=True)
+def test_network_is_the_nature_cnn(agent: nn.Module, observe: Observe) -> None:
+    """Filters of 8, 4 and 3 with strides 4, 2 and 1, a layer of 512, on pixels in [0, 1]."""
+    weights = [p.detach().double() for p in agent.network.parameters()]
+    obs = observe(3)
+    x = obs.double() / 255
+    for i, (size, stride) in enumerate(((8, 4), (4, 2), (3, 1))):
+        assert weights[2 * i].shape[2:] == (size, size)
+        x = nn.functional.conv2d(x, weights[2 * i], weights[2 * i + 1], stride).relu()
+    x = (x.flatten(1) @ weights[6].T + weights[7]).relu()
+    assert x.shape == (3, 512)
+    expected = x @ agent.critic.weight.detach().double()[0]
+    np.testing.assert_allclose(agent.get_value(obs).detach().numpy(), expected, rtol=1e-4)
+    logits = x @ agent.actor.weight.detach().double().T
+    np.testing.assert_allclose(agent.get_dist(obs).detach(), logits.log_softmax(1), atol=1e-4)
 
 
 @VECTOR
@@ -176,9 +190,9 @@ def test_number_of_actions(script: ModuleType, observe: Observe, n: int) -> None
 
 
 @VECTOR
-def test_every_method_normalizes(agent: nn.Module, observe: Observe) -> None:
+def test_every_method_normalizes(agent: nn.Module, observe: Observe, shake: Shake) -> None:
     """An agent that knows the statistics sees raw rows as a fresh one sees normalised rows."""
-    shake(agent)
+    shake(agent, 1.0)
     fresh, seen = copy.deepcopy(agent), observe(300)
     agent.obs_stats.update(seen)
     obs = torch.cat([observe(20), 1000 * observe(4)])
@@ -203,9 +217,9 @@ def test_playing_does_not_update_statistics(agent: nn.Module, observe: Observe) 
 
 @VECTOR
 def test_state_dict_holds_the_statistics(
-    script: ModuleType, agent: nn.Module, observe: Observe
+    script: ModuleType, agent: nn.Module, observe: Observe, shake: Shake
 ) -> None:
-    shake(agent)
+    shake(agent, 1.0)
     fresh_keys = set(agent.state_dict())
     agent.obs_stats.update(observe(100))
     other = copy.deepcopy(agent)
@@ -222,9 +236,9 @@ def test_state_dict_holds_the_statistics(
 
 
 def test_logprob_and_entropy_are_torchs(
-    script: ModuleType, agent: nn.Module, observe: Observe
+    script: ModuleType, agent: nn.Module, observe: Observe, shake: Shake
 ) -> None:
-    shake(agent)
+    shake(agent, 1.0)
     obs = observe(40)
     oracle = distribution(script, agent.get_dist(obs))
     sampled = agent.get_action_and_value(obs)
@@ -238,9 +252,9 @@ def test_logprob_and_entropy_are_torchs(
 
 
 def test_gradients_of_logprob_and_entropy_are_torchs(
-    script: ModuleType, agent: nn.Module, observe: Observe
+    script: ModuleType, agent: nn.Module, observe: Observe, shake: Shake
 ) -> None:
-    shake(agent)
+    shake(agent, 1.0)
     obs = observe(16)
     weights = torch.randn(2, 16)
     action = agent.act(obs, deterministic=False).detach()
@@ -376,9 +390,9 @@ def test_samples_have_the_policys_mean_and_std(agent: nn.Module, observe: Observ
 
 
 def test_deterministic_action_is_the_mode(
-    script: ModuleType, agent: nn.Module, observe: Observe
+    script: ModuleType, agent: nn.Module, observe: Observe, shake: Shake
 ) -> None:
-    shake(agent)
+    shake(agent, 1.0)
     obs = observe(30)
     state = torch.get_rng_state()
     action = agent.act(obs)
@@ -423,16 +437,18 @@ class Echo(gym.Env):
 
 
 @CONTINUOUS
-def test_actions_are_stretched_to_their_bounds_and_clipped(script: ModuleType) -> None:
-    gym.register("Echo-v0", Echo)
-    envs = script.make_envs(script.Args(env_id="Echo-v0"), num_envs=6)
-    try:
-        envs.reset(seed=0)
-        actions = np.repeat([[-3.0], [-1.0], [-0.5], [0.0], [1.0], [3.0]], 5, axis=1)
-        got = envs.step(actions.astype(np.float32))[0]
-    finally:
-        envs.close()
-        del gym.registry["Echo-v0"]
+def test_actions_are_stretched_to_their_bounds_and_clipped(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = gym.envs.registration.EnvSpec("Echo-v0", entry_point=Echo)
+    monkeypatch.setitem(gym.registry, "Echo-v0", spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # infinity - infinity, say
+        envs = script.make_envs(script.Args(env_id="Echo-v0"), num_envs=6)
+    envs.reset(seed=0)
+    actions = np.repeat([[-3.0], [-1.0], [-0.5], [0.0], [1.0], [3.0]], 5, axis=1)
+    got = envs.step(actions.astype(np.float32))[0]
+    envs.close()
     expected = [
         [0, -2, -1, -3, 0],
         [0, -2, -1, -1, 0],

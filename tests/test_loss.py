@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+Shake = Callable[[nn.Module, float], None]
 EPS = 0.2
 STATS = {"policy_loss", "value_loss", "entropy", "approx_kl", "old_approx_kl", "clipfrac"}
 
@@ -282,13 +283,12 @@ def test_shapes_and_dtypes(
 # ---- minibatch_loss: an agent and the arguments in front of ppo_loss
 
 
-def minibatch(script: ModuleType, agent: nn.Module, obs: Tensor) -> dict[str, Tensor]:
+def minibatch(agent: nn.Module, obs: Tensor, shake: Shake) -> dict[str, Tensor]:
     """Rows that a somewhat different policy left behind."""
     with torch.no_grad():
         actions, logprobs, _, values = agent.get_action_and_value(obs)
         old_dist = agent.get_dist(obs)
-        for parameter in agent.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
+    shake(agent, 0.2)
     advantages, returns, noise = torch.randn(3, len(obs))
     mb = {"obs": obs, "actions": actions, "logprobs": logprobs + 0.2 * noise, "dist": old_dist}
     return mb | {"advantages": 5 * advantages + 1, "returns": returns, "values": values}
@@ -301,18 +301,19 @@ def test_minibatch_loss_does_what_the_arguments_say(
     script: ModuleType,
     agent: nn.Module,
     observe: Callable[[int], Tensor],
+    shake: Shake,
     surrogate: str,
     norm_adv: bool,
     clip_vloss: bool,
 ) -> None:
     args = script.Args(surrogate=surrogate, norm_adv=norm_adv, clip_vloss=clip_vloss)
     args.clip_coef, args.vf_coef, args.ent_coef = 0.1, 0.7, 0.3
-    mb = minibatch(script, agent, observe(32))
+    mb = minibatch(agent, observe(32), shake)
     beta = 1.7 if surrogate.startswith("kl") else 0.0
     kl = agent.kl(mb["dist"], agent.get_dist(mb["obs"])).mean().item()
     if not beta:
         del mb["dist"]
-    loss, stats = script.minibatch_loss(agent, args, mb, beta)
+    loss, stats = script.minibatch_loss(agent, args, mb, torch.tensor(beta))
 
     with torch.no_grad():
         judged = agent.get_action_and_value(mb["obs"], mb["actions"])
@@ -343,10 +344,12 @@ def test_minibatch_loss_does_what_the_arguments_say(
 
 
 def test_minibatch_loss_teaches_every_parameter(
-    script: ModuleType, agent: nn.Module, observe: Callable[[int], Tensor]
+    script: ModuleType, agent: nn.Module, observe: Callable[[int], Tensor], shake: Shake
 ) -> None:
     args = script.Args(surrogate="kl-fixed", ent_coef=0.01)
-    loss, _ = script.minibatch_loss(agent, args, minibatch(script, agent, observe(32)), 1.0)
+    loss, _ = script.minibatch_loss(
+        agent, args, minibatch(agent, observe(32), shake), torch.tensor(1.0)
+    )
     loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in agent.parameters())
 
@@ -369,6 +372,6 @@ def test_first_ratio_is_1(
     mb = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
     mb |= {"advantages": torch.randn(64), "returns": torch.randn(64)}
     mb = {name: x[rows] for name, x in mb.items()}
-    _, stats = script.minibatch_loss(agent, script.Args(), mb, 0.0)
+    _, stats = script.minibatch_loss(agent, script.Args(), mb, torch.tensor(0.0))
     assert stats["clipfrac"] == 0
     assert abs(stats["old_approx_kl"].item()) < 1e-5 and abs(stats["approx_kl"].item()) < 1e-6

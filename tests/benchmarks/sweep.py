@@ -382,7 +382,7 @@ def provenance(runs: list[Run]) -> str:
     dates = sorted({run.date for run in runs})
     text = f"Measured {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
     for name in ("python", "torch", "gymnasium", "numpy"):
-        versions = {run.config[name].split()[0] for run in runs if name in run.config}
+        versions = {run.config["versions"][name].split()[0] for run in runs}
         text += f", {name} {' / '.join(sorted(versions))}"
     if any(run.env_id.endswith("-v5") and "/" not in run.env_id for run in runs):
         text += f", mujoco {importlib.metadata.version('mujoco')}"

@@ -1,0 +1,547 @@
+"""Runs that are killed, interrupted, resumed, evaluated, filmed and tracked; faults of all kinds."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib import machinery
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import SCRIPTS, column, flags, metrics, read_csv, start, tiny, wait_for
+
+import ppo
+import ppo_continuous
+
+scripts = pytest.mark.parametrize("script", SCRIPTS, ids=[s.__name__ for s in SCRIPTS])
+Main = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
+    """Call main() with a command line; returns what it says on stdout."""
+
+    def run(script: ModuleType, *argv: object) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+        script.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def weights(folder: str | Path, script: ModuleType) -> dict[str, torch.Tensor]:
+    return script.load_checkpoint(str(folder))["agent"]
+
+
+def assert_same_weights(script: ModuleType, one: str | Path, other: str | Path) -> None:
+    first, second = weights(one, script), weights(other, script)
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_whole(folder: Path, batch: int, total: int) -> None:
+    """Each row once and in order, in both files, and no line that is empty or cut off."""
+    assert column(folder, "global_step") == list(range(batch, total // batch * batch + 1, batch))
+    times = column(folder, "wall_time")
+    assert times == sorted(times)
+    for name in ("metrics.csv", "episodes.csv"):
+        text = (folder / name).read_text()
+        commas = {line.count(",") for line in text.splitlines()}
+        assert text.endswith("\n") and len(commas) == 1, f"{name}: {commas}"
+    steps = [int(row["global_step"]) for row in read_csv(folder / "episodes.csv")]
+    assert steps == sorted(steps)
+
+
+# ---- resuming
+
+
+@scripts
+def test_resume_with_more_steps(script: ModuleType, run_main: Main) -> None:
+    folder = Path(script.train(tiny(script, norm_obs=True, norm_reward=True)))
+    before = {name: (folder / name).read_text() for name in ("metrics.csv", "episodes.csv")}
+    for path in (folder, folder / "checkpoint.pt"):
+        total = 1024 if path is folder else 1536
+        out = run_main(script, "--resume", path, "--total-timesteps", total)
+        assert str(folder) in out
+        assert_whole(folder, 64, total)
+        for name, text in before.items():
+            assert (folder / name).read_text().startswith(text)
+    assert json.loads((folder / "config.json").read_text())["total_timesteps"] == 1536
+    assert json.loads((folder / "summary.json").read_text())["global_step"] == 1536
+    assert not list(folder.glob("*.tmp"))
+
+
+@scripts
+def test_resume_in_a_notebook(script: ModuleType) -> None:
+    folder = Path(script.train(tiny(script)))
+    again = script.train(script.Args(resume=str(folder), total_timesteps=1024))
+    assert Path(again) == folder
+    assert_whole(folder, 64, 1024)
+
+
+@scripts
+def test_resume_of_a_finished_run_only_evaluates(script: ModuleType, run_main: Main) -> None:
+    """So does that of a run which was killed between its last checkpoint and summary.json."""
+    folder = Path(script.train(tiny(script, eval_episodes=2)))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    rows = metrics(folder, times=True)
+    run_main(script, "--resume", folder)
+    again = json.loads((folder / "summary.json").read_text())
+    for name in summary.keys() - {"wall_time", "SPS"}:
+        assert again[name] == summary[name]
+    assert again["wall_time"] == pytest.approx(summary["wall_time"], abs=0.5)
+    assert metrics(folder, times=True) == rows
+
+
+@scripts
+def test_two_resumes_are_bit_identical(script: ModuleType, run_main: Main) -> None:
+    settings = {"norm_obs": True, "norm_reward": True, "eval_episodes": 2}
+    settings |= {"surrogate": "kl-adaptive", "num_steps": 64}
+    script.train(tiny(script, run_dir="first", **settings))
+    shutil.copytree("first", "second")
+    for folder in ("first", "second"):
+        run_main(script, "--resume", folder, "--total-timesteps", 1536)
+    assert metrics("first") == metrics("second")
+    assert len(metrics("first")) == 6
+    assert_same_weights(script, "first", "second")
+    summaries = [json.loads(Path(f, "summary.json").read_text()) for f in ("first", "second")]
+    for name in summaries[0].keys() - {"wall_time", "SPS"}:
+        assert summaries[0][name] == summaries[1][name]
+    # It is the first leg that goes on: beta, the means over 100 episodes.
+    betas = column("first", "losses/kl_coef")
+    assert all(b / a in (0.5, 1.0, 2.0) for a, b in zip(betas, betas[1:], strict=False))
+
+
+@scripts
+def test_a_resumed_run_does_not_repeat_its_first_leg(script: ModuleType, run_main: Main) -> None:
+    """Environments start from seeds that the first leg has not used."""
+    settings = {"learning_rate": 1e-12, "anneal_lr": False, "num_steps": 64}
+    folder = script.train(tiny(script, **settings))
+    run_main(script, "--resume", folder, "--total-timesteps", 1024)
+    losses = column(folder, "losses/value_loss")
+    assert len(losses) == 4
+    assert len({round(loss, 4) for loss in losses}) == 4
+
+
+@pytest.mark.parametrize("flag", ["--gamma", "--seed"])
+def test_contradicting_flag_leaves_the_run_alone(
+    flag: str, run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(ppo.train(tiny(ppo, gamma=0.9, seed=5)))
+    before = folder_bytes(folder)
+    with pytest.raises(SystemExit) as stop:
+        run_main(ppo, "--resume", folder, flag, 0)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert flag in err and len(err.splitlines()) == 1
+    assert folder_bytes(folder) == before
+    # The run's own value, said again, contradicts nothing.
+    value = {"--gamma": 0.9, "--seed": 5}[flag]
+    run_main(ppo, "--resume", folder, flag, value, "--total-timesteps", 576)
+    assert_whole(folder, 64, 576)
+
+
+def test_a_default_given_anew_contradicts_too(
+    run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--gamma 0.98 is what ppo.py does by itself, but not what this run did."""
+    folder = ppo.train(tiny(ppo, gamma=0.9))
+    with pytest.raises(SystemExit) as stop:
+        run_main(ppo, "--resume", folder, "--gamma", ppo.Args.gamma)
+    assert stop.value.code == 2
+    assert "--gamma" in capsys.readouterr().err
+
+
+# ---- evaluating
+
+
+@scripts
+@pytest.mark.parametrize("norm", [False, True], ids=["raw", "normalised"])
+def test_evaluate_repeats_the_summary(script: ModuleType, norm: bool, run_main: Main) -> None:
+    args = tiny(script, eval_episodes=3, norm_obs=norm, norm_reward=norm, num_steps=64, seed=6)
+    folder = Path(script.train(args))
+    kept = {"summary.json", "metrics.csv", "episodes.csv", "checkpoint.pt", "config.json"}
+    before = {k: v for k, v in folder_bytes(folder).items() if k in kept}
+    summary = json.loads((folder / "summary.json").read_text())
+    last = run_main(script, "--evaluate", folder).splitlines()[-1]
+    names = ("eval_return_mean", "eval_return_std", "eval_episodes")
+    assert last == " ".join(f"{name}={summary[name]}" for name in names)
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert {name: result[name] for name in names} == {name: summary[name] for name in names}
+    assert len(result["returns"]) == len(result["lengths"]) == 3
+    assert sum(result["returns"]) / 3 == pytest.approx(summary["eval_return_mean"])
+    assert result["lengths"] == ([200] * 3 if script is ppo_continuous else result["returns"])
+    assert {k: v for k, v in folder_bytes(folder).items() if k in kept} == before
+    # Again, from the file, and with numbers of its own.
+    assert run_main(script, "--evaluate", folder / "checkpoint.pt").splitlines()[-1] == last
+    out = run_main(script, "--evaluate", folder, "--eval-episodes", 5, "--seed", 77)
+    assert out.splitlines()[-1].endswith("eval_episodes=5")
+    other = json.loads((folder / "evaluation.json").read_text())
+    assert len(other["returns"]) == 5 and other["returns"][:3] != result["returns"]
+
+
+@scripts
+def test_evaluation_needs_the_saved_statistics(script: ModuleType, run_main: Main) -> None:
+    """The policy that is loaded is the one that was saved, with its normaliser."""
+    folder = script.train(tiny(script, norm_obs=True, total_timesteps=2048))
+    args = script.Args(**script.load_checkpoint(folder)["args"])
+    agents = [script.Agent(script.make_envs(args, 1)) for _ in range(2)]
+    for agent in agents:
+        agent.load_state_dict(weights(folder, script))
+    obs = torch.randn(50, script.make_envs(args, 1).single_observation_space.shape[0])
+    assert torch.equal(agents[0].act(obs), agents[1].act(obs))
+    assert torch.equal(agents[0].get_value(obs), agents[1].get_value(obs))
+
+
+# ---- kills
+
+
+def killed(process: BaseProcess, folder: Path, seconds: float) -> None:
+    """Kill -9 so long after the first checkpoint that this process writes."""
+    checkpoint = folder / "checkpoint.pt"
+    old = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    wait_for(
+        lambda: (
+            not process.is_alive() or (checkpoint.exists() and checkpoint.stat().st_mtime_ns != old)
+        )
+    )
+    time.sleep(seconds)
+    process.kill()
+    process.join(60)
+
+
+@pytest.mark.parametrize(
+    "script", [ppo, pytest.param(ppo_continuous, marks=pytest.mark.slow)], ids=str
+)
+def test_kill_at_random_moments(script: ModuleType, tmp_path: Path, run_main: Main) -> None:
+    """Six kills of one run, two of them inside the writing of a checkpoint; no row is lost."""
+    chance = random.Random(1)
+    folder, batch = tmp_path / "run", 64
+    total = 60_000
+    first = flags(script, run_dir=folder, total_timesteps=total, norm_obs=True)
+    kept: list[str] = []
+    for number, die_at in enumerate([None, "fsync", None, "replace", None, None]):
+        argv = first if number == 0 else ["--resume", str(folder), "--total-timesteps", str(total)]
+        process = start(script, argv, tmp_path / "out", die_at=die_at)
+        if die_at:
+            process.join(60)
+        else:
+            killed(process, folder, chance.uniform(0, 0.6))
+        says = (tmp_path / "out" / "stderr").read_text()
+        assert process.exitcode == -signal.SIGKILL, says
+        assert says == ""
+        # What the checkpoint counts on is there, and what was there at the last one still is.
+        done = script.load_checkpoint(str(folder))["progress"]["global_step"]
+        rows = (folder / "metrics.csv").read_text().splitlines()
+        assert len(rows) > done // batch
+        assert rows[: len(kept)] == kept
+        kept = rows[: done // batch + 1]
+        total = done // batch * batch + 60_000
+    total = len(kept) * batch + 640
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["args"]["total_timesteps"] = total  # as it may not shrink on the command line
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    run_main(script, "--resume", folder)
+    assert_whole(folder, batch, total)
+    assert (folder / "metrics.csv").read_text().splitlines()[: len(kept)] == kept
+    assert (folder / "summary.json").exists()
+    assert not list(folder.glob("*.tmp"))
+
+
+# ---- signals
+
+
+@scripts
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_resume(
+    script: ModuleType, number: int, code: int, tmp_path: Path, run_main: Main
+) -> None:
+    folder, out = tmp_path / "run", tmp_path / "out"
+    process = start(script, flags(script, run_dir=folder, total_timesteps=10**6), out)
+    wait_for(lambda: (folder / "checkpoint.pt").exists())
+    time.sleep(0.2)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
+    assert (out / "stderr").read_text() == ""
+    assert f"--resume {folder}" in (out / "stdout").read_text().splitlines()[-1]
+    assert not (folder / "summary.json").exists()
+    # The iteration was finished and saved: resuming cuts nothing off.
+    done = script.load_checkpoint(str(folder))["progress"]["global_step"]
+    assert column(folder, "global_step")[-1] == done
+    rows = metrics(folder, times=True)
+    process = start(script, ["--resume", str(folder)], out)
+    wait_for(lambda: len(metrics(folder)) > len(rows))
+    process.kill()
+    process.join(60)
+    assert metrics(folder, times=True)[: len(rows)] == rows
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # An iteration takes 40 s.
+    argv = flags(ppo, env_id="envs:Bad-slow-v0", run_dir=folder, num_steps=500, num_minibatches=1)
+    process = start(ppo, [*argv, "--total-timesteps", "100000"], tmp_path / "out")
+    wait_for((folder / "metrics.csv").exists)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode not in (None, 0)
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    ppo.train(tiny(ppo))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ---- faults
+
+
+@scripts
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("obs", "observation"),
+        ("reward", "reward"),
+        ("infinite", "reward"),
+        ("step", "the wheel came off"),
+        ("reset", "the battery is flat"),
+    ],
+)
+def test_faults_of_the_environment(
+    script: ModuleType, way: str, words: str, run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From step 50 of each environment on, in iteration 4; three iterations are kept."""
+    box = "Box" if script is ppo_continuous else ""
+    argv = flags(script, env_id=f"envs:Bad{box}-{way}-v0", run_dir="run", norm_obs=True)
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, *argv)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert words in error
+    iteration, step = (0, 0) if way == "reset" else (4, 192)
+    assert f"iteration {iteration}" in error and f"step {step}" in error
+    if way in ("obs", "reward", "infinite"):
+        assert "NaN or infinite" in error
+    assert Path("run/config.json").exists()
+    assert len(metrics("run")) == max(iteration - 1, 0)
+    if iteration:
+        checkpoint = script.load_checkpoint("run")
+        tensors = [x for x in checkpoint["agent"].values() if x.is_floating_point()]
+        assert not any(x.isnan().any() for x in tensors)
+        assert len(read_csv("run/episodes.csv")) >= 4 * 4
+    assert not Path("run/summary.json").exists()
+
+
+@scripts
+def test_train_raises_what_failed(script: ModuleType) -> None:
+    box = "Box" if script is ppo_continuous else ""
+    with pytest.raises(RuntimeError, match="iteration 4.*the wheel came off") as caught:
+        script.train(tiny(script, env_id=f"envs:Bad{box}-step-v0"))
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+@scripts
+def test_weights_that_overflow_stop_the_run(script: ModuleType) -> None:
+    """A NaN loss or gradient is found before the weights are touched by it."""
+    settings = {"learning_rate": 1e30, "max_grad_norm": 1e30, "norm_adv": False}
+    with pytest.raises(RuntimeError, match="NaN or infinite"):
+        script.train(tiny(script, run_dir="run", total_timesteps=6400, **settings))
+    path = Path("run/checkpoint.pt")
+    if path.exists():
+        assert all(not x.isnan().any() for x in weights("run", script).values())
+
+
+@scripts
+def test_disk_full(script: ModuleType, tmp_path: Path) -> None:
+    """No file may grow beyond 40 kB: the next checkpoint fails, the last good one stays."""
+    folder, out = Path(script.train(tiny(script, run_dir=str(tmp_path / "run")))), tmp_path / "out"
+    good = (folder / "checkpoint.pt").read_bytes()
+    assert len(good) > 40_000
+    argv = ["--resume", str(folder), "--total-timesteps", "100000"]
+    process = start(script, argv, out, file_limit=40_000)
+    process.join(60)
+    assert process.exitcode == 1
+    err = (out / "stderr").read_text()
+    assert len(err.splitlines()) == 1 and "File too large" in err
+    assert "step" in err and str(folder) in err
+    assert (folder / "checkpoint.pt").read_bytes() == good
+    rows = column(folder, "global_step")
+    assert rows == [64 * (i + 1) for i in range(len(rows))] and len(rows) >= 8
+    # With room again, it goes on.
+    process = start(script, ["--resume", str(folder), "--total-timesteps", "1024"], out)
+    process.join(60)
+    assert process.exitcode == 0
+    assert_whole(folder, 64, 1024)
+
+
+def test_disk_full_while_rows_are_written(tmp_path: Path) -> None:
+    """A metrics.csv that can no longer grow ends the run; the checkpoint before it loads."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    settings = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1}
+    argv = flags(ppo, run_dir=folder, total_timesteps=10**6, **settings)
+    process = start(ppo, argv, out, file_limit=200_000)
+    process.join(120)
+    assert process.exitcode == 1
+    err = (out / "stderr").read_text()
+    assert len(err.splitlines()) == 1 and "File too large" in err
+    ppo.load_checkpoint(str(folder))
+    process = start(ppo, ["--resume", str(folder)], out)
+    wait_for(lambda: (folder / "metrics.csv").stat().st_size > 210_000)
+    process.kill()
+    process.join(60)
+    steps = column(folder, "global_step")[:-1]
+    assert steps == [8.0 * (i + 1) for i in range(len(steps))]
+
+
+@scripts
+def test_a_deleted_run_folder_ends_the_run(script: ModuleType, tmp_path: Path) -> None:
+    folder, out = tmp_path / "run", tmp_path / "out"
+    process = start(script, flags(script, run_dir=folder, total_timesteps=10**6), out)
+    wait_for(lambda: (folder / "checkpoint.pt").exists())
+    shutil.rmtree(folder)
+    process.join(60)
+    assert process.exitcode == 1
+    err = (out / "stderr").read_text()
+    assert len(err.splitlines()) == 1 and str(folder) in err
+
+
+# ---- wandb
+
+
+class Tracker(ModuleType):
+    """Stands in for wandb, and is gone after the third row."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = machinery.ModuleSpec("wandb", None)
+        self.rows: list[dict] = []
+        self.options: dict = {}
+        self.exit_code: int | None = None
+
+    def init(self, **options: object) -> "Tracker":
+        self.options = options
+        return self
+
+    def define_metric(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def save(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def log(self, row: dict, **kwargs: object) -> None:
+        assert not kwargs  # step= would drop the rows of a resumed run
+        if len(self.rows) == 3:
+            raise ConnectionError("no route to host")
+        self.rows.append(row)
+
+    def finish(self, exit_code: int | None = None) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    module = Tracker()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+@scripts
+def test_training_goes_on_without_wandb(
+    script: ModuleType, tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = script.train(tiny(script, track=True, wandb_project_name="p", wandb_entity="e"))
+    assert len(metrics(folder)) == 8
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "wandb" in err and "no route to host" in err
+    assert len(tracker.rows) == 3
+    assert set(tracker.rows[0]) == set(metrics(folder, times=True)[0])
+    assert tracker.options["project"] == "p" and tracker.options["entity"] == "e"
+    assert tracker.options["config"]["env_id"] == tiny(script).env_id
+
+
+@scripts
+def test_a_crash_is_marked_in_wandb_and_a_resumed_run_continues_it(
+    script: ModuleType, tracker: Tracker, run_main: Main
+) -> None:
+    box = "Box" if script is ppo_continuous else ""
+    with pytest.raises(RuntimeError):
+        script.train(tiny(script, env_id=f"envs:Bad{box}-step-v0", track=True))
+    assert tracker.exit_code == 1
+    tracker.rows.clear()
+    folder = script.train(tiny(script, track=True, total_timesteps=128))
+    assert tracker.exit_code == 0
+    wandb_id = tracker.options["id"]
+    run_main(script, "--resume", folder, "--total-timesteps", 192)
+    assert tracker.options["id"] == wandb_id
+    assert tracker.options["resume"]
+
+
+@pytest.mark.slow
+@scripts
+def test_wandb_offline(script: ModuleType, tmp_path: Path) -> None:
+    environ = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path / "w"), "WANDB_SILENT": "true"}
+    argv = [*flags(script, run_dir=tmp_path / "run"), "--track"]
+    process = start(script, argv, tmp_path / "out", environ)
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "out" / "stderr").read_text()
+    stored = list(tmp_path.rglob("run-*.wandb"))
+    assert len(stored) == 1 and stored[0].stat().st_size > 1000
+    assert b"losses/value_loss" in stored[0].read_bytes()
+    assert len(metrics(tmp_path / "run")) == 8
+
+
+# ---- videos
+
+
+def videos(folder: Path) -> list[Path]:
+    return [path for path in (folder / "videos").rglob("*.mp4") if path.stat().st_size > 1000]
+
+
+def test_video_of_training_and_evaluation(run_main: Main) -> None:
+    folder = Path(ppo.train(tiny(ppo, capture_video=True, eval_episodes=1)))
+    training = videos(folder)
+    assert training
+    plain = ppo.train(tiny(ppo, eval_episodes=1))
+    assert metrics(folder) == metrics(plain)  # filming does not disturb training
+    time.sleep(1.1)  # folders of videos are named by the second
+    run_main(ppo, "--evaluate", plain, "--capture-video")
+    assert videos(Path(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_video_of_mujoco_without_a_display(backend: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    argv = flags(ppo_continuous, env_id="InvertedPendulum-v5", run_dir=folder)
+    process = start(
+        ppo_continuous, [*argv, "--capture-video"], tmp_path / "out", {"MUJOCO_GL": backend}
+    )
+    process.join(120)
+    err = (tmp_path / "out" / "stderr").read_text()
+    if process.exitcode and any(word in err for word in ("EGL", "egl", "OSMesa", "OpenGL")):
+        pytest.skip(f"no {backend} here: {err.splitlines()[-1]}")
+    assert process.exitcode == 0, err
+    assert videos(folder)
