@@ -82,7 +82,7 @@ class Args:
     norm_reward: bool = True
     """divide rewards by the running std of returns; try it where returns are far from 1"""
     # Update
-    learning_rate: float = 4.5e-4
+    learning_rate: float = 3e-4
     """Adam's step size; lower it where approx_kl or clipfrac run high; 1e-4 to 1e-3"""
     anneal_lr: bool = True
     """lower the learning rate linearly over the run: steadier at the end"""
@@ -90,7 +90,7 @@ class Args:
     """the share of the learning rate that annealing leaves at the end; 0 to 1"""
     update_epochs: int = 10
     """passes over each batch; more squeeze more out of it but strain the trust region; 3 to 20"""
-    num_minibatches: int = 16
+    num_minibatches: int = 32
     """gradient steps per pass; more are smaller and noisier, usually of 64 to 512 rows"""
     recompute_advantages: bool = True
     """estimate advantages anew with the current critic before each epoch; helps with many epochs"""
