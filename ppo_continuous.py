@@ -285,8 +285,9 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("limit", torch.tensor(math.inf, dtype=torch.float64))
+        self.register_buffer("limits", torch.tensor([-math.inf, math.inf], dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
         """Take in x, (rows, *shape): the pairwise formula of Chan, Golub & LeVeque 1979."""
@@ -294,15 +295,13 @@ class RunningMeanStd(nn.Module):
         share = 1 / (1 + self.count / len(x))  # of the new rows in all rows
         self.var.lerp_(var, share).add_(share * (1 - share) * (mean - self.mean) ** 2)
         self.mean.lerp_(mean, share)
+        self.std.copy_((self.var + 1e-8).sqrt())
         self.count += len(x)
-        self.limit.fill_(10.0)
-
-    def std(self) -> Tensor:
-        return (self.var + 1e-8).sqrt()
+        self.limits.copy_(torch.tensor([-10.0, 10.0]))
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x - mean) / std, clipped to +-10 (details 28, 29); as float32."""
-        return ((x - self.mean) / self.std()).clamp(-self.limit, self.limit).float()
+        return ((x - self.mean) / self.std).clamp(*self.limits).float()
 
 
 # <<< shared: statistics
@@ -753,7 +752,7 @@ def average_gradients(agent: Agent) -> None:
 
 def check_finite(**tensors: Tensor) -> None:
     for name, x in tensors.items():
-        if not x.isfinite().all():
+        if not math.isfinite(x.detach().sum()):
             raise FloatingPointError(f"{name} is NaN or infinite")
 
 
@@ -792,7 +791,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         # ---- Phase 2: rollout
         steps, outcomes, final_obs = [], [], []
         for t in range(T):
-            with torch.no_grad():
+            with torch.inference_mode():
                 action, logprob, _, value = policy(next_obs)
             steps.append((next_obs, action, logprob, value))
             # Fetching the actions is the rollout's only wait for a GPU.
@@ -815,7 +814,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         if args.norm_reward:
             traces, carry = discounted_returns(rewards, dones, args.gamma, carry)
             reward_stats.update(traces.flatten())
-            rewards = (rewards / reward_stats.std()).float()
+            rewards = (rewards / reward_stats.std).float()
 
         # (T, N, ...) -> (B, ...)
         batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
