@@ -314,9 +314,12 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("limits", torch.tensor([-math.inf, math.inf], dtype=torch.float64))
+        self.std, self.fresh = self.var, True
+        self.register_load_state_dict_post_hook(lambda module, keys: module.refresh())
+
+    def refresh(self) -> None:
+        self.std, self.fresh = (self.var + 1e-8).sqrt(), not self.count
 
     def update(self, x: Tensor) -> None:
         """Take in x, (rows, *shape): the pairwise formula of Chan, Golub & LeVeque 1979."""
@@ -324,13 +327,12 @@ class RunningMeanStd(nn.Module):
         share = 1 / (1 + self.count / len(x))  # of the new rows in all rows
         self.var.lerp_(var, share).add_(share * (1 - share) * (mean - self.mean) ** 2)
         self.mean.lerp_(mean, share)
-        self.std.copy_((self.var + 1e-8).sqrt())
         self.count += len(x)
-        self.limits.copy_(torch.tensor([-10.0, 10.0]))
+        self.refresh()
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x - mean) / std, clipped to +-10 (details 28, 29); as float32."""
-        return ((x - self.mean) / self.std).clamp(*self.limits).float()
+        return x.float() if self.fresh else ((x - self.mean) / self.std).clamp(-10, 10).float()
 
 
 # <<< shared: statistics
@@ -384,14 +386,19 @@ class Agent(nn.Module):
         """V(s), (N,)"""
         return self.critic(self.features(obs)).squeeze(-1)
 
+    def get_action(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample actions: action and logprob, each (N,)."""
+        logprobs = self.get_dist(obs)
+        # argmax(log p + Gumbel noise) is a sample of p; Gumbel noise is -log(Exponential(1)).
+        noise = -torch.empty_like(logprobs).exponential_().log()
+        action = (logprobs + noise).argmax(dim=-1)
+        return action, logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Sample actions, or judge those given: action, logprob, entropy, value, each (N,)."""
+        """Judge actions, sampled ones if none are given: action, logprob, entropy, value, (N,)."""
+        action = self.get_action(obs)[0] if action is None else action
         features = self.features(obs)
         logprobs = self.actor(features).log_softmax(dim=-1)
-        if action is None:
-            # argmax(log p + Gumbel noise) is a sample of p; Gumbel noise is -log(Exponential(1)).
-            noise = -torch.empty_like(logprobs).exponential_().log()
-            action = (logprobs + noise).argmax(dim=-1)
         logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         # H(p) = -sum_a p(a) * log p(a)
         entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
@@ -399,7 +406,7 @@ class Agent(nn.Module):
 
     def act(self, obs: Tensor, deterministic: bool = True) -> Tensor:
         """Actions (N,): the most probable ones, or samples."""
-        return self.get_dist(obs).argmax(-1) if deterministic else self.get_action_and_value(obs)[0]
+        return self.get_dist(obs).argmax(dim=-1) if deterministic else self.get_action(obs)[0]
 
     @staticmethod
     def kl(old_dist: Tensor, new_dist: Tensor) -> Tensor:
@@ -523,18 +530,21 @@ def discounted_returns(
 
 
 @torch.no_grad()
-def bootstrap_values(
-    agent: Agent, values: Tensor, next_obs: Tensor, truncations: Tensor, final_obs: Tensor
-) -> Tensor:
-    """V(s_{t+1}) of each row, (T, N), before any reset; of no meaning where the row terminated.
+def estimate_values(
+    agent: Agent, obs: Tensor, next_obs: Tensor, truncations: Tensor, final_obs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """V(s_t) and V(s_{t+1}) of all rows, (T, N) each; s_{t+1} as it was before any reset.
 
-    values (T, N); next_obs (N, ...) comes after the last row; final_obs (K, ...) ended the K rows
-    where truncations (T, N) is set. (critical: the row below those starts another episode.)
+    obs (T, N, ...); next_obs (N, ...) follows the last row; final_obs (K, ...) are what the K rows
+    set in truncations (T, N) led to. (critical: the row below those begins another episode.) Where
+    a row terminated, V(s_{t+1}) means nothing and is not used.
     """
-    next_values = torch.cat([values[1:], agent.get_value(next_obs)[None]])
-    if len(final_obs):
-        next_values[truncations.bool()] = agent.get_value(final_obs)
-    return next_values
+    values = agent.get_value(torch.cat([obs.flatten(0, 1), next_obs, final_obs]))
+    values, final_values = values.split([len(values) - len(final_obs), len(final_obs)])
+    values = values.unflatten(0, (len(obs) + 1, -1))
+    next_values = values[1:].clone()
+    next_values[truncations.bool()] = final_values
+    return values[:-1], next_values
 
 
 METRICS = (
@@ -797,7 +807,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
     reward_stats = RunningMeanStd().to(device)
     run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
-    policy, loss_function = agent.get_action_and_value, minibatch_loss
+    parameters = list(agent.parameters())
+    policy, loss_function = agent.get_action, minibatch_loss
     if args.compile:
         policy, loss_function = torch.compile(policy), torch.compile(loss_function)
 
@@ -820,8 +831,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         steps, outcomes, final_obs = [], [], []
         for t in range(T):
             with torch.inference_mode():
-                action, logprob, _, value = policy(next_obs)
-            steps.append((next_obs, action, logprob, value))
+                action, logprob = policy(next_obs)
+            steps.append((next_obs, action, logprob))
             # Fetching the actions is the rollout's only wait for a GPU.
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
             next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
@@ -833,11 +844,12 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
         run.global_step += args.batch_size
         # (T, N, ...) each, and (K, ...) of the K rows that a time limit ended
-        obs, actions, logprobs, values = map(torch.stack, zip(*steps, strict=True))
+        obs, actions, logprobs = map(torch.stack, zip(*steps, strict=True))
         outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
         rewards, terminations, truncations = outcomes.unbind(dim=1)
         dones = terminations + truncations
-        final_obs = torch.as_tensor(np.array(final_obs), dtype=obs_dtype, device=device)
+        final_obs = np.array(final_obs).reshape(-1, *obs.shape[2:])
+        final_obs = torch.as_tensor(final_obs, dtype=obs_dtype, device=device)
         check_finite(observation=obs, reward=rewards)
         if args.norm_reward:
             traces, carry = discounted_returns(rewards, dones, args.gamma, carry)
@@ -853,9 +865,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         for epoch in range(args.update_epochs):
             # ---- Phase 3: advantages
             if epoch == 0 or args.recompute_advantages:
-                if epoch > 0:
-                    values = agent.get_value(batch["obs"]).detach().view(T, N)
-                next_values = bootstrap_values(agent, values, next_obs, truncations, final_obs)
+                states = (obs, next_obs, truncations, final_obs)
+                values, next_values = estimate_values(agent, *states)
                 advantages, returns = compute_gae(
                     rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
                 )
@@ -868,7 +879,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 optimizer.zero_grad()
                 loss.backward()
                 average_gradients(agent)
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 if not args.cuda:  # a GPU would have to wait for this; it is checked below
                     check_finite(loss=loss, gradient=grad_norm)
                 optimizer.step()
