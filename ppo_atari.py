@@ -178,7 +178,11 @@ class Args:
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_target"):
             refuse(name, getattr(self, name) == 0, "must be greater than 0")
         batch = f"the batch of --num-envs x --num-steps = {self.batch_size} rows"
-        processes = int(os.environ.get("WORLD_SIZE", 1))
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if not processes.isdecimal() or int(processes) == 0:
+            raise ValueError(f"WORLD_SIZE {processes}: must be a whole number; torchrun sets it")
+        processes = int(processes)
+        refuse("seed", self.seed > 2_000_000_000, "must be at most 2,000,000,000")
         refuse("total_timesteps", self.num_iterations < 1, f"is less than {batch}; raise it")
         refuse("num_minibatches", self.batch_size % self.num_minibatches, f"must divide {batch}")
         refuse("num_minibatches", self.minibatch_size < 2 * processes, f"is too much for {batch}")
@@ -554,6 +558,7 @@ METRICS = (
 ).split()
 EPISODES = "global_step episodic_return episodic_length wall_time".split()
 EVALUATION = "eval_return_mean eval_return_std eval_episodes".split()
+CHECKPOINT = set("agent optimizer reward_stats progress rng script args".split())
 PROGRESS = "iteration global_step wall_time sps kl_coef episodes solved_at_step wandb_id".split()
 
 
@@ -587,8 +592,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, columns in (("metrics.csv", METRICS), ("episodes.csv", EPISODES)):
-                file = open(self.folder / name, "a" if saved else "x")
-                self.files[name] = stack.enter_context(file)
+                file = self.files[name] = open(self.folder / name, "a" if saved else "x")
                 if file.tell() < saved.get(name, 0):
                     raise OSError(f"{name} is shorter than the checkpoint says")
                 file.truncate(saved.get(name, 0))  # rows after the checkpoint are trained again
@@ -631,6 +635,9 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def on_exit(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for file in self.files.values():
+            with contextlib.suppress(OSError):  # a full disk, already reported
+                file.close()
         if self.wandb:
             self.wandb.finish(exit_code=int(error is not None))
         if isinstance(error, Exception):
@@ -703,8 +710,11 @@ def write(path: Path, content: bytes) -> None:
 def folder_of(args: Args) -> Path:
     if path := args.resume or args.evaluate:
         return Path(path).parent if Path(path).is_file() else Path(path)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    folder = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+    if args.run_dir is None:
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}".replace("/", "-").replace(":", "-")
+        times = itertools.count(int(time.time()))  # the first second whose folder is not taken
+        return next(f for t in times if not (f := Path("runs", f"{name}__{t}")).exists())
+    folder = Path(args.run_dir)
     if os.environ.get("RANK", "0") == "0" and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--run-dir {folder}: is not empty; name a new folder")
     return folder
@@ -721,6 +731,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT:
+            raise ValueError("It holds something else.")
         if checkpoint["script"] != Args.exp_name:
             raise ValueError(f"It was written by {checkpoint['script']}.py.")
         Args(**checkpoint["args"])
@@ -790,7 +802,7 @@ def average_gradients(agent: Agent) -> None:
 
 def check_finite(**tensors: Tensor) -> None:
     for name, x in tensors.items():
-        if not math.isfinite(x.detach().sum()):
+        if not x.isfinite().all():
             raise FloatingPointError(f"{name} is NaN or infinite")
 
 
@@ -810,7 +822,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     parameters = list(agent.parameters())
     policy, loss_function = agent.get_action, minibatch_loss
     if args.compile:
-        policy, loss_function = torch.compile(policy), torch.compile(loss_function)
+        loss_function = torch.compile(loss_function)
+        policy = torch.compile(policy) if args.cuda else policy  # a CPU gains nothing here
 
     T, N = args.num_steps, envs.num_envs
     B = T * N
@@ -923,10 +936,7 @@ def train(args: Args) -> str:
             dist.init_process_group("nccl" if args.cuda else "gloo")
             stack.callback(dist.destroy_process_group)
         agent, run = ppo(args, stack)
-        if run.signal:
-            print(f"stopped; go on with --resume {run.folder}", flush=True)
-            raise SystemExit(128 + run.signal)
-        if run.rank == 0:
+        if run.rank == 0 and not run.signal:
             result = evaluate(agent, args)
             returns = [episodic_return for episodic_return, _ in run.episodes]
             summary = {"global_step": run.global_step, "wall_time": run.wall_time, "SPS": run.sps}
@@ -938,6 +948,9 @@ def train(args: Args) -> str:
             print(f"files in {run.folder}", flush=True)
         if dist.is_initialized():
             dist.barrier()  # leave together
+        if run.signal:
+            print(f"stopped; go on with --resume {run.folder}", flush=True)
+            raise SystemExit(128 + run.signal)
     return str(run.folder)
 
 

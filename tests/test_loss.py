@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical, Normal, kl_divergence
 
 Shake = Callable[[nn.Module, float], None]
 EPS = 0.2
@@ -256,7 +257,11 @@ def test_k3_is_never_negative(script: ModuleType) -> None:
 
 
 def test_clipfrac_is_the_share_of_ratios_beyond_the_range(script: ModuleType) -> None:
-    logratios = column([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.5, 9.0]).log()
+    beyond = {0.5: 1, 0.79: 1, 0.81: 0, 1.0: 0, 1.19: 0, 1.21: 1, 1.5: 1, 9.0: 1}
+    for ratio, expected in beyond.items():
+        _, stats = loss_of(script, logratios=math.log(ratio), clip_coef=EPS)
+        assert stats["clipfrac"].item() == expected
+    logratios = column(list(beyond)).log()
     for sign in (1, -1):  # whatever the advantage
         advantages = sign * torch.ones(8, dtype=torch.float64)
         given = {"logratios": logratios, "rows": 8, "advantages": advantages}
@@ -352,6 +357,29 @@ def test_minibatch_loss_teaches_every_parameter(
     )
     loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in agent.parameters())
+
+
+def test_kl_penalty_pulls_the_policy_back(
+    script: ModuleType, agent: nn.Module, observe: Callable[[int], Tensor], shake: Shake
+) -> None:
+    """The penalty's share of the gradient is beta times that of torch's own divergence."""
+    args, mb = script.Args(surrogate="kl-fixed"), minibatch(agent, observe(32), shake)
+    parameters = list(agent.parameters())
+    gradients = []
+    for beta in (0.0, 2.0):
+        loss, _ = script.minibatch_loss(agent, args, mb, torch.tensor(beta))
+        gradients.append(torch.autograd.grad(loss, parameters))
+    old, new = mb["dist"], agent.get_dist(mb["obs"])
+    if script.__name__ == "ppo_continuous":
+        (old_mean, old_log_std), (new_mean, new_log_std) = old.chunk(2, -1), new.chunk(2, -1)
+        old, new = Normal(old_mean, old_log_std.exp()), Normal(new_mean, new_log_std.exp())
+        kl = kl_divergence(old, new).sum(dim=-1).mean()
+    else:
+        kl = kl_divergence(Categorical(logits=old), Categorical(logits=new)).mean()
+    expected = torch.autograd.grad(2 * kl, parameters, allow_unused=True)
+    for without, penalized, gradient in zip(*gradients, expected, strict=True):
+        gradient = torch.zeros_like(without) if gradient is None else gradient
+        torch.testing.assert_close(penalized - without, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_first_ratio_is_1(

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, resumed, evaluated, filmed and tracked; faults of all kinds."""
+"""Runs that are killed, interrupted, resumed, evaluated, filmed, tracked; faults of all kinds."""
 
 import json
 import os
@@ -228,7 +228,9 @@ def killed(process: BaseProcess, folder: Path, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", [ppo, pytest.param(ppo_continuous, marks=pytest.mark.slow)], ids=str
+    "script",
+    [ppo, pytest.param(ppo_continuous, marks=pytest.mark.slow)],
+    ids=["ppo", "ppo_continuous"],
 )
 def test_kill_at_random_moments(script: ModuleType, tmp_path: Path, run_main: Main) -> None:
     """Six kills of one run, two of them inside the writing of a checkpoint; no row is lost."""
@@ -340,7 +342,8 @@ def test_faults_of_the_environment(
     assert stop.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert words in error
-    iteration, step = (0, 0) if way == "reset" else (4, 192)
+    # What is found in a batch is named with the batch's last step.
+    iteration, step = {"reset": (0, 0), "step": (4, 192)}.get(way, (4, 256))
     assert f"iteration {iteration}" in error and f"step {step}" in error
     if way in ("obs", "reward", "infinite"):
         assert "NaN or infinite" in error
@@ -375,12 +378,12 @@ def test_weights_that_overflow_stop_the_run(script: ModuleType) -> None:
 
 @scripts
 def test_disk_full(script: ModuleType, tmp_path: Path) -> None:
-    """No file may grow beyond 40 kB: the next checkpoint fails, the last good one stays."""
+    """Files may grow a little less than a checkpoint: the next one fails, the good one stays."""
     folder, out = Path(script.train(tiny(script, run_dir=str(tmp_path / "run")))), tmp_path / "out"
     good = (folder / "checkpoint.pt").read_bytes()
-    assert len(good) > 40_000
+    limit = len(good) - 1000
     argv = ["--resume", str(folder), "--total-timesteps", "100000"]
-    process = start(script, argv, out, file_limit=40_000)
+    process = start(script, argv, out, file_limit=limit)
     process.join(60)
     assert process.exitcode == 1
     err = (out / "stderr").read_text()
@@ -541,7 +544,9 @@ def test_video_of_mujoco_without_a_display(backend: str, tmp_path: Path) -> None
     )
     process.join(120)
     err = (tmp_path / "out" / "stderr").read_text()
-    if process.exitcode and any(word in err for word in ("EGL", "egl", "OSMesa", "OpenGL")):
+    if process.exitcode and any(
+        word in err for word in ("EGL", "egl", "OSMesa", "OpenGL", "glGetError")
+    ):
         pytest.skip(f"no {backend} here: {err.splitlines()[-1]}")
     assert process.exitcode == 0, err
     assert videos(folder)

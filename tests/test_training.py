@@ -93,6 +93,7 @@ def test_rows_are_transitions(
     calls = spy(monkeypatch, script, "compute_gae")
     iterations, num_envs = 280 // num_steps, 3
     sizes = {"num_envs": num_envs, "num_steps": num_steps, "num_minibatches": 1}
+    sizes |= {"update_epochs": 1}
     args = tiny(
         script,
         env_id=f"envs:Counter{box(script)}-v0",

@@ -1,0 +1,352 @@
+"""README.md says what is so: flags, names, commands, code, tables and patches."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tyro
+from helpers import ROOT, TINY
+
+MODIFICATIONS = ROOT / "tests" / "modifications"
+README = (ROOT / "README.md").read_text()
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = [(m[1], m[2]) for m in FENCE.finditer(README)]
+PROSE = FENCE.sub("", README)
+COMMANDS = [line for kind, text in CODE if kind == "bash" for line in text.splitlines()]
+NAMES = ("ppo", "ppo_continuous", "ppo_atari")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
+# Flags of programs that are not ours, and a form that stands for many flags
+OTHERS = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}  # torchrun
+OTHERS |= {"help", "check", "no-"}
+
+
+def load(path: Path, name: str | None = None) -> ModuleType:
+    """The file as a module, under a name of its own where two files share one."""
+    name = name or path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def script_commands() -> list[tuple[str, str, list[str]]]:
+    """(line, script, its arguments) of every command that starts one of the three scripts."""
+    found = []
+    for line in COMMANDS:
+        for part in line.split("&&"):
+            words = shlex.split(part)
+            for i, word in enumerate(words):
+                if word.removesuffix(".py") in NAMES:
+                    found.append((part.strip(), word.removesuffix(".py"), words[i + 1 :]))
+    return found
+
+
+def arguments(name: str, argv: list[str]) -> object:
+    return tyro.cli(importlib.import_module(name).Args, args=argv)
+
+
+def script_flags(name: str) -> dict[str, object]:
+    """Flag -> default."""
+    args = importlib.import_module(name).Args()
+    return {field.name.replace("_", "-"): getattr(args, field.name) for field in fields(name)}
+
+
+def fields(name: str) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(importlib.import_module(name).Args)
+
+
+# ---- flags and metrics
+
+
+def test_every_flag_exists() -> None:
+    known = set(OTHERS)
+    for name in NAMES:
+        for flag, default in script_flags(name).items():
+            known |= {flag, f"no-{flag}"} if isinstance(default, bool) else {flag}
+    for program in (ROOT / "tests" / "benchmarks").glob("*.py"):
+        known |= set(FLAG.findall(program.read_text()))
+    unknown = set(FLAG.findall(README)) - known
+    assert not unknown
+
+
+def flag_rows() -> dict[str, list[str]]:
+    """Flag -> the cells beside it in the tables of flags."""
+    rows = re.findall(r"^\| `--([a-z0-9-]+)` \|(.*)\|$", README, re.MULTILINE)
+    assert len(rows) == len(dict(rows)), "a flag has two rows"
+    return {flag: [cell.strip() for cell in cells.split("|")] for flag, cells in rows}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tables_have_every_flag_and_default(name: str) -> None:
+    rows, column = flag_rows(), NAMES.index(name)
+    defaults = script_flags(name)
+    for flag, default in defaults.items():
+        text = "none" if default is None else f"{default}"
+        text = ("on" if default else "off") if isinstance(default, bool) else text
+        text = "if there" if flag == "cuda" else text
+        assert flag in rows, f"--{flag} has no row"
+        assert rows[flag][column] == text, f"--{flag}: {name}.py's default is {default}"
+        assert rows[flag][3], f"--{flag} is not explained"
+    for flag in rows.keys() - defaults.keys():
+        assert rows[flag][column] == "", f"{name}.py has no --{flag}"
+
+
+def test_every_metric_is_explained() -> None:
+    metrics = importlib.import_module("ppo").METRICS
+    for metric in metrics:
+        assert f"\n| `{metric}` |" in README, metric
+    assert set(re.findall(r"`((?:losses|charts)/\w+)`", README)) <= set(metrics)
+
+
+# ---- names, links, details, tests
+
+
+def test_every_linked_name_exists() -> None:
+    """[`name`](script.py) is defined there; [phase 2](script.py) is a comment there."""
+    names = re.findall(r"\[`(\w+)`\]\((ppo\w*\.py)\)", README)
+    phases = re.findall(r"\[[Pp]hase\s+(\d)(?:[:,]\s+(\w+))?\]\((ppo\w*\.py)\)", README)
+    assert len(names) > 30 and len(phases) > 10
+    for name, script in names:
+        text = (ROOT / script).read_text()
+        assert re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE), f"{script}: {name}"
+    for number, title, script in phases:
+        assert f"# ---- Phase {number}: {title}" in (ROOT / script).read_text(), (number, title)
+
+
+def test_every_link_leads_somewhere() -> None:
+    titles = re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\(([^)\s]+)\)", PROSE):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_every_named_test_exists() -> None:
+    named = set(re.findall(r"`(test_\w+\.py)::(\w+)`", README))
+    assert len(named) > 35
+    for file, test in named:
+        text = (ROOT / "tests" / file).read_text()
+        assert f"\ndef {test}(" in text, f"{file}::{test}"
+
+
+def test_every_detail_of_the_scripts_is_in_the_table() -> None:
+    rows = dict(re.findall(r"^\| (\d+) \|(.*)\|$", README, re.MULTILINE))
+    assert list(rows) == [str(i) for i in range(1, 32)]
+    for name in NAMES:
+        text = (ROOT / f"{name}.py").read_text()
+        for numbers in re.findall(r"\(?details? ([\d, ]+)", text):
+            for number in re.findall(r"\d+", numbers):
+                assert number in rows, f"{name}.py: detail {number}"
+    atari = (ROOT / "tests" / "test_atari.py").exists()
+    for number, cells in rows.items():
+        if "not done here" not in cells:
+            assert "](ppo" in cells, f"detail {number} lacks its place"
+            tested = "`test_" in cells or (cells.strip().startswith("Atari") and not atari)
+            assert tested, f"detail {number} lacks its test"
+
+
+# ---- commands
+
+
+def test_every_command_names_an_existing_program() -> None:
+    for line in COMMANDS:
+        for word in shlex.split(line):
+            if word.endswith((".py", ".txt")):
+                assert (ROOT / word).exists(), line
+
+
+@pytest.mark.parametrize(
+    ("name", "argv"), [command[1:] for command in script_commands()], ids=lambda x: f"{x}"
+)
+def test_every_command_parses(name: str, argv: list[str]) -> None:
+    if "--help" in argv:
+        with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit, match="0"):
+            arguments(name, argv)
+        return
+    args = arguments(name, argv)
+    if not (args.resume or args.evaluate):
+        args.check()
+
+
+def test_benchmark_commands_parse() -> None:
+    """Their options exist, and what they are told to run too."""
+    for line in COMMANDS:
+        words = shlex.split(line)
+        if len(words) > 1 and words[1].startswith("tests/benchmarks/"):
+            text = (ROOT / words[1]).read_text()
+            for flag in FLAG.findall(line):
+                assert f'"--{flag}"' in text, line
+            for word in words[2:]:
+                if re.fullmatch(r"[a-z][\w-]+", word):
+                    assert f'"{word}"' in text, line
+
+
+def test_documented_flags_are_those_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import sweep
+
+    flags = {
+        "Acrobot-v1": sweep.ACROBOT,
+        "MountainCar-v0": sweep.MOUNTAIN_CAR,
+        "Swimmer-v5": sweep.SWIMMER,
+        "Pendulum-v1": sweep.PENDULUM,
+    }
+    lines = [line for line, *_ in script_commands()]
+    for env_id, documented in flags.items():
+        commands = [line for line in lines if f"--env-id {env_id} " in line]
+        assert [line.split(f"{env_id} ")[1] for line in commands] == [documented], env_id
+
+
+def brief_runs() -> Iterator[tuple[str, list[str]]]:
+    """Commands that train here; the rest needs a run folder, a screen or many processes."""
+    for line, name, argv in script_commands():
+        if line.startswith("python ") and not {"--help", "--resume", "--evaluate"} & set(argv):
+            yield name, argv
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("name", "argv"), brief_runs(), ids=lambda x: f"{x}")
+def test_every_training_command_runs(
+    name: str, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One iteration of each, compilation apart."""
+    write_my_envs(tmp_path, monkeypatch)
+    args = arguments(name, argv)
+    steps = args.num_envs * args.num_steps
+    short = {"total_timesteps": steps, "eval_episodes": 0, "cuda": False, "compile": False}
+    folder = importlib.import_module(name).train(dataclasses.replace(args, **short))
+    assert json.loads(Path(folder, "summary.json").read_text())["global_step"] == steps
+
+
+# ---- tables and code
+
+
+def test_tables_and_patches_are_those_of_their_files() -> None:
+    program = ROOT / "tests" / "benchmarks" / "readme.py"
+    process = subprocess.run(
+        [sys.executable, str(program), "--check"], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    blocks = set(re.findall(r"<!-- patch: (\w+) -->", README))
+    assert blocks == {path.stem for path in MODIFICATIONS.glob("*.patch")}
+
+
+def write_my_envs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's my_envs.py, in the current folder as its reader has it."""
+    (text,) = (text for kind, text in CODE if kind == "python" and "class Corridor" in text)
+    (folder / "my_envs.py").write_text(text)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_python_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block, in one namespace, with a run's folder and fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    ppo = importlib.import_module("ppo")
+    folder = ppo.train(ppo.Args(env_id="CartPole-v1", run_dir="run", **TINY))
+    namespace: dict[str, object] = {}
+    blocks = [text for kind, text in CODE if kind == "python" and "class Corridor" not in text]
+    assert len(blocks) == 4
+    for text in blocks:
+        text = text.replace("runs/FOLDER", folder).replace("50_000", "512")
+        exec(text.replace("100_000", "768"), namespace)
+    lines = blocks[0].strip().splitlines()[2:]
+    assert len(lines) == 5, "loading an agent takes five lines"
+    assert Path("returns.png").stat().st_size > 1000
+    rows = Path(namespace["folder"], "metrics.csv").read_text().splitlines()
+    assert rows[-1].startswith("768,")
+
+
+# ---- modifications
+
+
+def patched(name: str, folder: Path) -> ModuleType:
+    """The script that the patch changes, changed, as a module."""
+    patch = MODIFICATIONS / f"{name}.patch"
+    script = re.search(r"^\+\+\+ b/(\w+\.py)$", patch.read_text(), re.MULTILINE)[1]
+    shutil.copy(ROOT / script, folder)
+    process = subprocess.run(
+        ["git", "apply", "--verbose", str(patch)], cwd=folder, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert (folder / script).read_bytes() != (ROOT / script).read_bytes()
+    return load(folder / script, f"{name}_{Path(script).stem}")
+
+
+def score(module: ModuleType, **settings: object) -> float:
+    """Mean return of the evaluation after training."""
+    folder = module.train(module.Args(run_dir="run", cuda=False, **settings))
+    return json.loads(Path(folder, "summary.json").read_text())["eval_return_mean"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_my_envs(tmp_path, monkeypatch)
+    monkeypatch.syspath_prepend(str(MODIFICATIONS))
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", sorted(MODIFICATIONS.glob("*.patch")), ids=lambda x: x.stem)
+def test_modifications_apply_and_are_short(path: Path, tmp_path: Path) -> None:
+    assert callable(patched(path.stem, tmp_path).train)
+    assert len(path.read_text().splitlines()) < 40
+
+
+@pytest.mark.slow
+def test_the_corridor_is_learned(folder: Path) -> None:
+    ppo = importlib.import_module("ppo")
+    assert score(ppo, env_id="my_envs:Corridor-v0", total_timesteps=20_000) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip_schedule", "critic_learning_rate"])
+def test_schedules_still_learn_cartpole(name: str, folder: Path) -> None:
+    module = patched(name, folder)
+    assert score(module, total_timesteps=100_000) > 400
+
+
+@pytest.mark.slow
+def test_masked_actions_are_never_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masked raises at an illegal action; the unchanged script runs into that."""
+    settings = {"env_id": "masked:Masked-v0", "total_timesteps": 30_000}
+    assert score(patched("action_mask", folder), **settings) > 9
+    (folder / "unchanged").mkdir()
+    monkeypatch.chdir(folder / "unchanged")
+    with pytest.raises(RuntimeError, match="illegal"):
+        score(importlib.import_module("ppo"), **settings)
+
+
+@pytest.mark.slow
+def test_the_bonus_finds_the_end_of_the_long_corridor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"env_id": "my_envs:LongCorridor-v0", "total_timesteps": 50_000}
+    assert score(patched("intrinsic_reward", folder), **settings) == 1
+    ppo = importlib.import_module("ppo")
+    (folder / "unchanged").mkdir()
+    monkeypatch.chdir(folder / "unchanged")
+    assert score(ppo, **settings) == 0
+
+
+@pytest.mark.slow
+def test_state_dependent_deviations_learn_the_pendulum(folder: Path) -> None:
+    """A random policy keeps InvertedPendulum up for about 6 steps."""
+    module = patched("state_dependent_std", folder)
+    assert score(module, env_id="InvertedPendulum-v5", total_timesteps=80_000) > 400
