@@ -496,6 +496,141 @@ def estimate_values(
     return values[:-1], next_values
 
 
+def average_gradients(agent: Agent) -> None:
+    """Average the gradients over all processes of torchrun, in one collective call."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in agent.parameters()]
+        mean = all_mean(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(mean, gradients)
+
+
+def check_finite(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(f"{name} is NaN or infinite")
+
+
+def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
+    """Train an agent. T steps, N environments (of this process), B = T * N rows, M a minibatch."""
+    device = torch.device("cuda" if args.cuda else "cpu")
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.manual_seed(args.seed)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    envs = make_envs(args, args.num_envs // world_size, video_folder(args))
+    stack.callback(envs.close)
+    agent = Agent(envs).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
+    reward_stats = RunningMeanStd().to(device)
+    run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
+    parameters = list(agent.parameters())
+    policy, loss_function = agent.get_action, minibatch_loss
+    if args.compile:
+        loss_function = torch.compile(loss_function)
+        policy = torch.compile(policy) if args.cuda else policy  # a CPU gains nothing here
+
+    T, N = args.num_steps, envs.num_envs
+    B = T * N
+    uint8 = envs.single_observation_space.dtype == np.uint8
+    obs_dtype = torch.uint8 if uint8 else torch.float32
+    next_obs, _ = envs.reset(seed=run.seed if args.resume else args.seed + rank * N)
+    next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)  # (N, ...)
+    carry = torch.zeros(N, device=device)  # discounted returns of the episodes under way
+
+    for iteration in range(run.iteration + 1, args.num_iterations + 1):
+        run.iteration = iteration
+        # ---- Phase 1: anneal (detail 4)
+        progress = (iteration - 1) / args.num_iterations if args.anneal_lr else 0.0
+        learning_rate = args.learning_rate * (1 - progress * (1 - args.final_lr_fraction))
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        # ---- Phase 2: rollout
+        steps, outcomes, final_obs = [], [], []
+        for t in range(T):
+            with torch.inference_mode():
+                action, logprob = policy(next_obs)
+            steps.append((next_obs, action, logprob))
+            # Fetching the actions is the rollout's only wait for a GPU.
+            next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
+            next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
+            truncated = truncated & ~terminated
+            outcomes.append((reward, terminated, truncated))
+            final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated)]
+            for i in np.flatnonzero(infos.get("_episode", ())):
+                step = run.global_step + (t + 1) * args.num_envs
+                run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
+        run.global_step += args.batch_size
+        # (T, N, ...) each, and (K, ...) of the K rows that a time limit ended
+        obs, actions, logprobs = map(torch.stack, zip(*steps, strict=True))
+        outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
+        rewards, terminations, truncations = outcomes.unbind(dim=1)
+        dones = terminations + truncations
+        final_obs = np.array(final_obs).reshape(-1, *obs.shape[2:])
+        final_obs = torch.as_tensor(final_obs, dtype=obs_dtype, device=device)
+        check_finite(observation=obs, reward=rewards)
+        if args.norm_reward:
+            traces, carry = discounted_returns(rewards, dones, args.gamma, carry)
+            reward_stats.update(traces.flatten())
+            rewards = (rewards / reward_stats.std).float()
+
+        # (T, N, ...) -> (B, ...)
+        batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
+        batch = {name: x.flatten(0, 1) for name, x in batch.items()}
+        if args.surrogate.startswith("kl"):
+            batch["dist"] = agent.get_dist(batch["obs"]).detach()
+        minibatches, kl_coef = [], torch.tensor(run.kl_coef, device=device)
+        for epoch in range(args.update_epochs):
+            # ---- Phase 3: advantages
+            if epoch == 0 or args.recompute_advantages:
+                states = (obs, next_obs, truncations, final_obs)
+                values, next_values = estimate_values(agent, *states)
+                advantages, returns = compute_gae(
+                    rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
+                )
+                batch |= {"advantages": advantages.flatten(), "returns": returns.flatten()}
+                batch["values"] = values.flatten()
+            # ---- Phase 4: update
+            for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
+                mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
+                loss, stats = loss_function(agent, args, mb, kl_coef)
+                optimizer.zero_grad()
+                loss.backward()
+                average_gradients(agent)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                if not args.cuda:  # a GPU would have to wait for this; it is checked below
+                    check_finite(loss=loss, gradient=grad_norm)
+                optimizer.step()
+                minibatches.append(stats | {"grad_norm": grad_norm})
+            kls = [stats["approx_kl"] for stats in minibatches[-args.num_minibatches :]]
+            if args.target_kl is not None and all_mean(torch.stack(kls).mean()) > args.target_kl:
+                break
+        if args.surrogate == "kl-adaptive":  # [PPO] section 4
+            kl = all_mean(agent.kl(batch["dist"], agent.get_dist(batch["obs"])).detach().mean())
+            run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
+            run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
+
+        # ---- Phase 5: record (means over all minibatches)
+        metrics = {"charts/learning_rate": learning_rate}
+        for name in minibatches[0]:
+            mean = torch.stack([stats[name] for stats in minibatches]).mean()
+            metrics[f"losses/{name}"] = mean.item()
+        check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
+        explained = 1 - (returns - values).var() / returns.var()
+        metrics["losses/explained_variance"] = explained.item()
+        if args.norm_obs:
+            agent.obs_stats.update(batch["obs"])
+        stopped = all_mean(torch.tensor(float(run.signal), device=device)) > 0
+        run.record(metrics, last=bool(stopped) or iteration == args.num_iterations)
+        if stopped:
+            break
+    return agent, run
+
+
+# <<< shared: algorithm
+
+
+# >>> shared: records
+# The algorithm ends here. What follows writes files, resumes, evaluates and reads the command line.
 METRICS = (
     "global_step charts/SPS charts/learning_rate charts/episodic_return charts/episodic_length "
     "losses/value_loss losses/policy_loss losses/entropy losses/approx_kl losses/old_approx_kl "
@@ -737,136 +872,6 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
     return dict(zip(EVALUATION, numbers, strict=True)) | episodes
 
 
-def average_gradients(agent: Agent) -> None:
-    """Average the gradients over all processes of torchrun, in one collective call."""
-    if dist.is_initialized():
-        gradients = [parameter.grad for parameter in agent.parameters()]
-        mean = all_mean(nn.utils.parameters_to_vector(gradients))
-        nn.utils.vector_to_parameters(mean, gradients)
-
-
-def check_finite(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if not x.isfinite().all():
-            raise FloatingPointError(f"{name} is NaN or infinite")
-
-
-def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
-    """Train an agent. T steps, N environments (of this process), B = T * N rows, M a minibatch."""
-    device = torch.device("cuda" if args.cuda else "cpu")
-    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.manual_seed(args.seed)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    envs = make_envs(args, args.num_envs // world_size, video_folder(args))
-    stack.callback(envs.close)
-    agent = Agent(envs).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
-    reward_stats = RunningMeanStd().to(device)
-    run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
-    parameters = list(agent.parameters())
-    policy, loss_function = agent.get_action, minibatch_loss
-    if args.compile:
-        loss_function = torch.compile(loss_function)
-        policy = torch.compile(policy) if args.cuda else policy  # a CPU gains nothing here
-
-    T, N = args.num_steps, envs.num_envs
-    B = T * N
-    uint8 = envs.single_observation_space.dtype == np.uint8
-    obs_dtype = torch.uint8 if uint8 else torch.float32
-    next_obs, _ = envs.reset(seed=run.seed if args.resume else args.seed + rank * N)
-    next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)  # (N, ...)
-    carry = torch.zeros(N, device=device)  # discounted returns of the episodes under way
-
-    for iteration in range(run.iteration + 1, args.num_iterations + 1):
-        run.iteration = iteration
-        # ---- Phase 1: anneal (detail 4)
-        progress = (iteration - 1) / args.num_iterations if args.anneal_lr else 0.0
-        learning_rate = args.learning_rate * (1 - progress * (1 - args.final_lr_fraction))
-        optimizer.param_groups[0]["lr"] = learning_rate
-
-        # ---- Phase 2: rollout
-        steps, outcomes, final_obs = [], [], []
-        for t in range(T):
-            with torch.inference_mode():
-                action, logprob = policy(next_obs)
-            steps.append((next_obs, action, logprob))
-            # Fetching the actions is the rollout's only wait for a GPU.
-            next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
-            next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
-            truncated = truncated & ~terminated
-            outcomes.append((reward, terminated, truncated))
-            final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated)]
-            for i in np.flatnonzero(infos.get("_episode", ())):
-                step = run.global_step + (t + 1) * args.num_envs
-                run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
-        run.global_step += args.batch_size
-        # (T, N, ...) each, and (K, ...) of the K rows that a time limit ended
-        obs, actions, logprobs = map(torch.stack, zip(*steps, strict=True))
-        outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
-        rewards, terminations, truncations = outcomes.unbind(dim=1)
-        dones = terminations + truncations
-        final_obs = np.array(final_obs).reshape(-1, *obs.shape[2:])
-        final_obs = torch.as_tensor(final_obs, dtype=obs_dtype, device=device)
-        check_finite(observation=obs, reward=rewards)
-        if args.norm_reward:
-            traces, carry = discounted_returns(rewards, dones, args.gamma, carry)
-            reward_stats.update(traces.flatten())
-            rewards = (rewards / reward_stats.std).float()
-
-        # (T, N, ...) -> (B, ...)
-        batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
-        batch = {name: x.flatten(0, 1) for name, x in batch.items()}
-        if args.surrogate.startswith("kl"):
-            batch["dist"] = agent.get_dist(batch["obs"]).detach()
-        minibatches, kl_coef = [], torch.tensor(run.kl_coef, device=device)
-        for epoch in range(args.update_epochs):
-            # ---- Phase 3: advantages
-            if epoch == 0 or args.recompute_advantages:
-                states = (obs, next_obs, truncations, final_obs)
-                values, next_values = estimate_values(agent, *states)
-                advantages, returns = compute_gae(
-                    rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
-                )
-                batch |= {"advantages": advantages.flatten(), "returns": returns.flatten()}
-                batch["values"] = values.flatten()
-            # ---- Phase 4: update
-            for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
-                mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
-                loss, stats = loss_function(agent, args, mb, kl_coef)
-                optimizer.zero_grad()
-                loss.backward()
-                average_gradients(agent)
-                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                if not args.cuda:  # a GPU would have to wait for this; it is checked below
-                    check_finite(loss=loss, gradient=grad_norm)
-                optimizer.step()
-                minibatches.append(stats | {"grad_norm": grad_norm})
-            kls = [stats["approx_kl"] for stats in minibatches[-args.num_minibatches :]]
-            if args.target_kl is not None and all_mean(torch.stack(kls).mean()) > args.target_kl:
-                break
-        if args.surrogate == "kl-adaptive":  # [PPO] section 4
-            kl = all_mean(agent.kl(batch["dist"], agent.get_dist(batch["obs"])).detach().mean())
-            run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
-            run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
-
-        # ---- Phase 5: record (means over all minibatches)
-        metrics = {"charts/learning_rate": learning_rate}
-        for name in minibatches[0]:
-            mean = torch.stack([stats[name] for stats in minibatches]).mean()
-            metrics[f"losses/{name}"] = mean.item()
-        check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
-        explained = 1 - (returns - values).var() / returns.var()
-        metrics["losses/explained_variance"] = explained.item()
-        if args.norm_obs:
-            agent.obs_stats.update(batch["obs"])
-        stopped = all_mean(torch.tensor(float(run.signal), device=device)) > 0
-        run.record(metrics, last=bool(stopped) or iteration == args.num_iterations)
-        if stopped:
-            break
-    return agent, run
-
-
 def train(args: Args) -> str:
     """Train, evaluate, write summary.json; returns the run folder.
 
@@ -929,7 +934,7 @@ def main() -> None:
         sys.exit(1)
 
 
-# <<< shared: algorithm
+# <<< shared: records
 
 
 if __name__ == "__main__":
