@@ -1,4 +1,4 @@
-"""compute_gae and bootstrap_values, against the definition and cases worked by hand."""
+"""compute_gae and estimate_values, against the definition and cases worked by hand."""
 
 from types import ModuleType, SimpleNamespace
 
@@ -185,16 +185,17 @@ def test_inputs_stay_as_they_are(script: ModuleType) -> None:
     assert all(torch.equal(x, copy) for x, copy in zip(batch, copies, strict=True))
 
 
-# ---- bootstrap_values: the agent's V is ten times the observation
+# ---- estimate_values: the agent's V is ten times the observation
 
 TENFOLD = SimpleNamespace(get_value=lambda obs: 10 * obs.squeeze(-1))
-VALUES = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+OBS = torch.tensor([[[0.1], [0.2]], [[0.3], [0.4]], [[0.5], [0.6]]])  # (T, N, 1)
 NEXT_OBS = torch.tensor([[0.7], [0.8]])
 
 
 def test_next_values_without_a_time_limit_are_the_row_below(script: ModuleType) -> None:
-    none = torch.zeros(3, 2), torch.zeros(0)
-    next_values = script.bootstrap_values(TENFOLD, VALUES, NEXT_OBS, *none)
+    none = torch.zeros(3, 2), torch.zeros(0, 1)
+    values, next_values = script.estimate_values(TENFOLD, OBS, NEXT_OBS, *none)
+    torch.testing.assert_close(values, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
     torch.testing.assert_close(next_values, torch.tensor([[3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]))
 
 
@@ -204,28 +205,25 @@ def test_next_values_at_time_limits_are_those_of_the_final_observations(
 ) -> None:
     truncations = torch.tensor([[0, 1], [1, 1], [0, 1]]).to(mask_dtype)
     final_obs = torch.tensor([[9.1], [9.2], [9.3], [9.4]])  # in the order of steps, then envs
-    values = VALUES.clone()
-    next_values = script.bootstrap_values(TENFOLD, values, NEXT_OBS, truncations, final_obs)
-    expected = torch.tensor([[3.0, 91.0], [92.0, 93.0], [7.0, 94.0]])
-    torch.testing.assert_close(next_values, expected)
-    assert torch.equal(values, VALUES)
+    values, next_values = script.estimate_values(TENFOLD, OBS, NEXT_OBS, truncations, final_obs)
+    torch.testing.assert_close(next_values, torch.tensor([[3.0, 91.0], [92.0, 93.0], [7.0, 94.0]]))
+    torch.testing.assert_close(values, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
 
 
-def test_next_values_have_no_gradient(script: ModuleType) -> None:
+def test_values_have_no_gradient(script: ModuleType) -> None:
     weight = torch.ones((), requires_grad=True)
     critic = SimpleNamespace(get_value=lambda obs: weight * obs.squeeze(-1))
     truncations = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
-    final_obs = torch.tensor([[9.0]])
-    next_values = script.bootstrap_values(critic, VALUES, NEXT_OBS, truncations, final_obs)
-    assert not next_values.requires_grad
+    both = script.estimate_values(critic, OBS, NEXT_OBS, truncations, torch.tensor([[9.0]]))
+    assert not any(x.requires_grad for x in both)
 
 
 def test_time_limit_from_final_observation_to_advantage(script: ModuleType) -> None:
     """Two steps, then a time limit at V = 90, then a new episode that must not leak back."""
-    values, rewards = torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([[1.0], [1.0], [1.0]])
+    obs, rewards = torch.tensor([[[0.1]], [[0.3]], [[0.5]]]), torch.tensor([[1.0], [1.0], [1.0]])
     truncations, terminations = torch.tensor([[0.0], [1.0], [0.0]]), torch.zeros(3, 1)
     rest = torch.tensor([[0.7]]), truncations, torch.tensor([[9.0]])
-    next_values = script.bootstrap_values(TENFOLD, values, *rest)
+    values, next_values = script.estimate_values(TENFOLD, obs, *rest)
     batch = rewards, values, next_values, terminations, truncations
     advantages, _ = script.compute_gae(*batch, 0.5, 1.0)
     # row 2: 1 + 7/2 - 5;  row 1: 1 + 90/2 - 3;  row 0: 1 + 3/2 - 1 + 43/2
