@@ -143,6 +143,7 @@ def test_shapes(script: ModuleType, agent: nn.Module, observe: Observe, n: int) 
     action, logprob, entropy, value = agent.get_action_and_value(obs)
     assert action.shape == agent.act(obs).shape == agent.act(obs, False).shape == shape
     assert logprob.shape == entropy.shape == value.shape == agent.get_value(obs).shape == (n,)
+    assert [x.shape for x in agent.get_action(obs)] == [shape, (n,)]
     dist = agent.get_dist(obs)
     assert agent.kl(dist, dist).shape == (n,)
     assert not action.requires_grad or script.__name__ == "ppo_continuous"
@@ -204,6 +205,12 @@ def test_every_method_normalizes(agent: nn.Module, observe: Observe, shake: Shak
     torch.testing.assert_close(agent.get_dist(obs), fresh.get_dist(normalized))
     judged = agent.get_action_and_value(obs, action), fresh.get_action_and_value(normalized, action)
     torch.testing.assert_close(*judged)
+    for method in ("get_action", "get_action_and_value"):
+        samples = []
+        for judge, x in ((agent, obs), (fresh, normalized)):
+            torch.manual_seed(1)
+            samples.append(getattr(judge, method)(x))
+        torch.testing.assert_close(*samples)
     assert (agent.get_value(obs) - fresh.get_value(obs)).abs().max() > 0.1
 
 
@@ -211,7 +218,8 @@ def test_every_method_normalizes(agent: nn.Module, observe: Observe, shake: Shak
 def test_playing_does_not_update_statistics(agent: nn.Module, observe: Observe) -> None:
     agent.obs_stats.update(observe(10))
     before = copy.deepcopy(agent.state_dict())
-    agent.act(observe(10)), agent.get_value(observe(10)), agent.get_action_and_value(observe(10))
+    for method in (agent.act, agent.get_value, agent.get_action, agent.get_action_and_value):
+        method(observe(10))
     assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
 
 
@@ -249,6 +257,9 @@ def test_logprob_and_entropy_are_torchs(
     torch.testing.assert_close(sampled[1], logprobs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sampled[2], oracle.entropy(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sampled[3], agent.get_value(obs))
+    action, logprob = agent.get_action(obs)
+    expected = oracle.log_prob(flat(script, action))
+    torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_logprob_and_entropy_are_torchs(
@@ -359,12 +370,13 @@ def test_samples_have_the_policys_frequencies(
     n = 1_000 if script.__name__ == "ppo_atari" else 20_000
     obs = observe(1).expand(n, *observe(1).shape[1:])
     with torch.no_grad():
-        samples = agent.get_action_and_value(obs)[0], agent.act(obs, deterministic=False)
+        samples = [agent.get_action_and_value(obs)[0], agent.get_action(obs)[0]]
+        samples.append(agent.act(obs, deterministic=False))
     for actions in samples:
         counts = np.bincount(actions.numpy(), minlength=5)
         chi_square = ((counts - n * probs) ** 2 / (n * probs)).sum()
         assert chi_square < 18.5  # exceeded by chance once in 1000, with 4 degrees of freedom
-    assert not torch.equal(*samples)
+    assert not torch.equal(samples[0], samples[1])
     # Rows are drawn independently: the next row does not know what this one drew.
     first, second = samples[0][:-1] == 0, samples[0][1:] == 0
     assert (first & second).float().mean().item() == pytest.approx(0.25, abs=5 * 0.5 / n**0.5)
@@ -377,14 +389,15 @@ def test_samples_have_the_policys_mean_and_std(agent: nn.Module, observe: Observ
     with torch.no_grad():
         agent.log_std.copy_(stds.log())
         action, logprob, entropy, _ = agent.get_action_and_value(observe(n))
-        samples = action, agent.act(observe(n), deterministic=False)
+        samples = [action, agent.get_action(observe(n))[0]]
+        samples.append(agent.act(observe(n), deterministic=False))
     for actions in samples:
         z = (actions.flatten(1) - means) / stds
         assert (z.mean(dim=0).abs() < 4 / n**0.5).all()
         assert ((z.std(dim=0) - 1).abs() < 4 / (2 * n) ** 0.5).all()
         assert ((z**4).mean(dim=0) - 3).abs().max() < 0.2  # tails of a Gaussian
         assert (torch.corrcoef(z.T) - torch.eye(6)).abs().max() < 4 / n**0.5  # independent
-    assert not torch.equal(*samples)
+    assert not torch.equal(samples[0], samples[1])
     # The entropy is what -log p is on average; its spread over rows is sqrt(6 / 2).
     assert -logprob.mean().item() == pytest.approx(entropy[0].item(), abs=4 * (3 / n) ** 0.5)
 

@@ -390,8 +390,8 @@ def test_first_ratio_is_1(
         agent.obs_stats.update(observe(500))
     obs = observe(64)
     with torch.no_grad():
-        steps = [agent.get_action_and_value(part) for part in obs.split(4)]
-        actions, logprobs, _, values = (torch.cat(x) for x in zip(*steps, strict=True))
+        steps = [(*agent.get_action(part), agent.get_value(part)) for part in obs.split(4)]
+        actions, logprobs, values = (torch.cat(x) for x in zip(*steps, strict=True))
     rows = torch.randperm(64)[:32]
     judged = agent.get_action_and_value(obs[rows], actions[rows])
     ratio = (judged[1] - logprobs[rows]).exp()

@@ -350,4 +350,4 @@ def test_the_bonus_finds_the_end_of_the_long_corridor(
 def test_state_dependent_deviations_learn_the_pendulum(folder: Path) -> None:
     """A random policy keeps InvertedPendulum up for about 6 steps."""
     module = patched("state_dependent_std", folder)
-    assert score(module, env_id="InvertedPendulum-v5", total_timesteps=80_000) > 400
+    assert score(module, env_id="InvertedPendulum-v5", total_timesteps=40_000) > 100

@@ -1,5 +1,6 @@
 """Running statistics, advantage normalisation and reward scaling, against numpy."""
 
+import copy
 import io
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BATCHES = (1, 7, 64, 3, 200)  # rows
 
@@ -143,6 +144,16 @@ def test_statistics_survive_saving(script: ModuleType, updates: int) -> None:
     assert torch.equal(stats.normalize(x), loaded.normalize(x))
 
 
+def test_statistics_move_with_their_module(script: ModuleType) -> None:
+    """Loaded first and moved to a device then, they are all there (--evaluate does so)."""
+    stats, loaded = script.RunningMeanStd((3,)), script.RunningMeanStd((3,))
+    stats.update(torch.randn(9, 3))
+    loaded.load_state_dict(stats.state_dict())
+    x = torch.zeros(2, 3, device="meta")  # a device that every machine has
+    assert loaded.to("meta").normalize(x).device.type == "meta"
+    assert script.RunningMeanStd((3,)).to("meta").normalize(x).device.type == "meta"
+
+
 # ---- over processes
 
 
@@ -200,6 +211,25 @@ def test_processes_together_know_what_one_would(
         torch.testing.assert_close(own, advantages[rank])
         torch.testing.assert_close(stats.mean, whole.mean)
         torch.testing.assert_close(stats.var, whole.var)
+
+
+def test_processes_average_their_gradients(
+    script: ModuleType, agent: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents = [agent, copy.deepcopy(agent)]
+    expected = [torch.zeros_like(parameter) for parameter in agent.parameters()]
+    for process in agents:
+        for parameter, mean in zip(process.parameters(), expected, strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            mean += parameter.grad / 2
+    before = [parameter.grad.clone() for parameter in agent.parameters()]
+    script.average_gradients(agent)  # alone: nothing happens
+    assert all(torch.equal(p.grad, x) for p, x in zip(agent.parameters(), before, strict=True))
+    threads = Threads(2)
+    monkeypatch.setattr(script, "dist", threads)
+    threads.run(lambda rank: script.average_gradients(agents[rank]))
+    for process in agents:
+        torch.testing.assert_close([p.grad for p in process.parameters()], expected)
 
 
 # ---- normalize_advantages

@@ -283,15 +283,15 @@ def test_actions_are_stretched_and_clipped_to_their_bounds(
     sampled: list[Tensor] = []
 
     class WatchedAgent(ppo_continuous.Agent):
+        def get_action(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+            sampled.append((result := super().get_action(obs))[0])
+            return result
+
         def get_action_and_value(
             self, obs: Tensor, action: Tensor | None = None
         ) -> tuple[Tensor, ...]:
-            result = super().get_action_and_value(obs, action)
-            if action is None:
-                sampled.append(result[0])
-            else:
-                learned.append(action)
-            return result
+            learned.append(action)
+            return super().get_action_and_value(obs, action)
 
     learned: list[Tensor] = []
     monkeypatch.setattr(ppo_continuous, "Agent", WatchedAgent)
