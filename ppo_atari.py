@@ -319,12 +319,14 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.std, self.fresh = self.var, True
+        self.fresh = True
         self.register_load_state_dict_post_hook(lambda module, keys: module.refresh())
 
     def refresh(self) -> None:
-        self.std, self.fresh = (self.var + 1e-8).sqrt(), not self.count
+        self.std.copy_((self.var + 1e-8).sqrt())
+        self.fresh = not self.count
 
     def update(self, x: Tensor) -> None:
         """Take in x, (rows, *shape): the pairwise formula of Chan, Golub & LeVeque 1979."""
