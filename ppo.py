@@ -546,7 +546,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         learning_rate = args.learning_rate * (1 - progress * (1 - args.final_lr_fraction))
         optimizer.param_groups[0]["lr"] = learning_rate
 
-        # ---- Phase 2: rollout
+        # ---- Phase 2: rollout (detail 1)
         steps, outcomes, final_obs = [], [], []
         for t in range(T):
             with torch.inference_mode():
@@ -591,7 +591,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 )
                 batch |= {"advantages": advantages.flatten(), "returns": returns.flatten()}
                 batch["values"] = values.flatten()
-            # ---- Phase 4: update
+            # ---- Phase 4: update (details 6, 11)
             for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
                 mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
                 loss, stats = loss_function(agent, args, mb, kl_coef)
@@ -611,7 +611,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
             run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
 
-        # ---- Phase 5: record (means over all minibatches)
+        # ---- Phase 5: record, means over all minibatches (detail 12)
         metrics = {"charts/learning_rate": learning_rate}
         for name in minibatches[0]:
             mean = torch.stack([stats[name] for stats in minibatches]).mean()

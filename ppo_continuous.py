@@ -332,9 +332,9 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 class Agent(nn.Module):
     """Policy (actor) and value function (critic) as separate networks (detail 26).
 
-    They take raw observations (N, obs). The policy is a Gaussian with independent dimensions
-    (detail 25) and standard deviations that do not depend on the state (detail 24); what is called
-    `dist` below is its means and log standard deviations side by side, (N, 2 * action dimensions).
+    They take raw observations (N, obs). The policy is a Gaussian (detail 23) whose dimensions are
+    independent (detail 25) and whose standard deviations do not depend on the state (detail 24).
+    What is called `dist` below is its means and log standard deviations side by side, (N, 2 * A).
     """
 
     eval_deterministic = True  # evaluate with the mean action
@@ -576,7 +576,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         learning_rate = args.learning_rate * (1 - progress * (1 - args.final_lr_fraction))
         optimizer.param_groups[0]["lr"] = learning_rate
 
-        # ---- Phase 2: rollout
+        # ---- Phase 2: rollout (detail 1)
         steps, outcomes, final_obs = [], [], []
         for t in range(T):
             with torch.inference_mode():
@@ -621,7 +621,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 )
                 batch |= {"advantages": advantages.flatten(), "returns": returns.flatten()}
                 batch["values"] = values.flatten()
-            # ---- Phase 4: update
+            # ---- Phase 4: update (details 6, 11)
             for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
                 mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
                 loss, stats = loss_function(agent, args, mb, kl_coef)
@@ -641,7 +641,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
             run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
 
-        # ---- Phase 5: record (means over all minibatches)
+        # ---- Phase 5: record, means over all minibatches (detail 12)
         metrics = {"charts/learning_rate": learning_rate}
         for name in minibatches[0]:
             mean = torch.stack([stats[name] for stats in minibatches]).mean()
