@@ -57,12 +57,12 @@ PAPER_ENVS = dict.fromkeys(
 SWIMMER = "--gamma 0.999"
 PENDULUM = "--total-timesteps 200000 --num-envs 4 --num-steps 512 --learning-rate 1e-3 --gamma 0.9"
 ACROBOT = (
-    "--total-timesteps 500000 --num-envs 16 --num-steps 256 --num-minibatches 64 --update-epochs 4 "
-    "--learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.94 --norm-obs --norm-reward"
+    "--total-timesteps 500000 --num-envs 16 --num-steps 128 --num-minibatches 8 "
+    "--gamma 0.99 --gae-lambda 0.95 --norm-obs"
 )
 MOUNTAIN_CAR = (
-    "--total-timesteps 1000000 --num-envs 16 --num-steps 16 --num-minibatches 4 --update-epochs 4 "
-    "--learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.98 --norm-obs --norm-reward"
+    "--total-timesteps 1000000 --num-envs 16 --num-steps 64 --num-minibatches 4 --update-epochs 4 "
+    "--gamma 0.99 --gae-lambda 0.98 --norm-obs --norm-reward"
 )
 
 EXPERIMENTS = {
