@@ -558,8 +558,11 @@ def average_gradients(agent: Agent) -> None:
     """Average the gradients over all processes of torchrun, in one collective call."""
     if dist.is_initialized():
         gradients = [parameter.grad for parameter in agent.parameters()]
-        mean = all_mean(nn.utils.parameters_to_vector(gradients))
-        nn.utils.vector_to_parameters(mean, gradients)
+        mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(
+            gradients, mean.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))  # in place: Adam relies on the memory format
 
 
 def check_finite(**tensors: Tensor) -> None:

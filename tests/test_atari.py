@@ -192,7 +192,6 @@ def test_the_final_observation_of_a_game_cut_short(limit: Limit) -> None:
                 game.step(action, cut=step == 60)
             assert truncations.tolist() == [step == 60] * 2
             if step < 60:
-                assert "final_obs" not in infos
                 np.testing.assert_array_equal(obs, going_on)
         assert not terminations.any() and infos["_episode"].all()
         assert infos["episode"]["l"].tolist() == [60, 60]

@@ -1,0 +1,230 @@
+"""Two processes of torchrun (gloo): they stay equal, and equal one process on all rows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import SCRIPTS as NAMES
+from helpers import ENV_IDS, ROOT, SCRIPTS, TINY, column, flags, read_csv, wait_for
+from torchrun_driver import mathematics
+
+TESTS = Path(__file__).parent
+DRIVER = str(TESTS / "torchrun_driver.py")
+scripts = pytest.mark.parametrize("script", SCRIPTS, ids=[s.__name__ for s in SCRIPTS])
+pytestmark = pytest.mark.slow  # each start of torchrun imports torch three times
+
+
+def torchrun(folder: Path, *argv: str) -> subprocess.Popen:
+    """Start two processes in the folder; what they say goes to its files stdout and stderr."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", *argv]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
+    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
+        return subprocess.Popen(command, cwd=folder, env=environ, stdout=out, stderr=err)
+
+
+def finish(process: subprocess.Popen, seconds: float = 300) -> int:
+    try:
+        return process.wait(seconds)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def script_file(script: ModuleType) -> str:
+    return str(ROOT / f"{script.__name__}.py")
+
+
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+# ---- mathematics
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes gets from its half of the rows, for each script."""
+    folder = tmp_path_factory.mktemp("mathematics")
+    assert finish(torchrun(folder, DRIVER, "mathematics", json.dumps(NAMES))) == 0
+    return ranks(folder)
+
+
+@pytest.fixture
+def alone(script: ModuleType) -> dict[str, Any]:
+    """What one process gets from all rows."""
+    return mathematics(script, slice(None))
+
+
+def test_gradients_are_those_of_one_process_on_all_rows(
+    script: ModuleType, shares: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    first, second = (share[script.__name__]["gradients"] for share in shares)
+    assert list(first) == list(alone["gradients"])
+    halves = mathematics(script, slice(0, None, 2))["gradients"]
+    for name, expected in alone["gradients"].items():
+        assert torch.equal(first[name], second[name]), name
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=1e-5 * scale)
+        # The test can tell: half of the rows alone give another gradient.
+        assert scale == 0 or (halves[name] - expected).abs().max() > 0.01 * scale, name
+
+
+def test_a_step_of_the_optimizer_is_that_of_one_process(
+    script: ModuleType, shares: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    """A fused Adam takes gradients as they lie in memory, so this must not change either."""
+    for share in shares:
+        for name, x in share[script.__name__]["parameters"].items():
+            torch.testing.assert_close(x, alone["parameters"][name], rtol=1e-4, atol=1e-4)
+
+
+def test_advantages_are_normalised_over_all_processes(
+    script: ModuleType, shares: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    for rank, share in enumerate(shares):
+        actual = share[script.__name__]["advantages"]
+        torch.testing.assert_close(actual, alone["advantages"][rank::2], rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_are_those_of_all_rows(
+    script: ModuleType, shares: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    first, second = (share[script.__name__]["statistics"] for share in shares)
+    for name, expected in alone["statistics"].items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], expected, rtol=1e-9, atol=1e-9)
+
+
+# ---- runs
+
+
+# What each script trains on; the frames of the emulator are too slow for more than a few steps.
+SETTINGS = {
+    name: TINY | {"env_id": env_id, "norm_obs": True, "norm_reward": True, "eval_episodes": 2}
+    for name, env_id in ENV_IDS.items()
+}
+SETTINGS["ppo_atari"] = TINY | {"env_id": "ALE/Breakout-v5", "total_timesteps": 128}
+Trained = tuple[str, Path]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A script's name and the folder in which two processes have trained it."""
+    name = request.param
+    folder = tmp_path_factory.mktemp(name)
+    settings = json.dumps(SETTINGS[name] | {"script": name})
+    assert finish(torchrun(folder, DRIVER, "training", settings)) == 0
+    return name, folder
+
+
+def test_parameters_and_statistics_stay_bit_equal(trained: Trained) -> None:
+    name, folder = trained
+    first, second = ranks(folder)
+    if "norm_obs" in SETTINGS[name]:
+        assert first["agent"]["obs_stats.count"] > 0 and first["reward_stats"]["count"] > 0
+    for module in ("agent", "reward_stats"):
+        assert first[module].keys() == second[module].keys()
+        for key, x in first[module].items():
+            assert torch.equal(x, second[module][key]), key
+    moments = [rank["optimizer"]["state"] for rank in (first, second)]
+    for index, state in moments[0].items():
+        assert all(torch.equal(x, moments[1][index][key]) for key, x in state.items())
+
+
+def test_processes_see_and_do_different_things(trained: Trained) -> None:
+    first, second = ranks(trained[1])
+    assert len(first["first"]) == TINY["num_envs"] // 2
+    # No environment of one starts where one of the other starts.
+    both = torch.cat([first["first"], second["first"]])
+    assert len(both.unique(dim=0)) == len(both)
+    one, other = first["actions"].double(), second["actions"].double()
+    assert one.shape == other.shape
+    assert (one != other).double().mean() > 0.3
+
+
+def test_one_run_folder_with_valid_files(trained: Trained) -> None:
+    name, folder = trained
+    (run,) = (folder / "runs").iterdir()
+    assert Path(ranks(folder)[0]["folder"]).name == run.name
+    names = {"config.json", "script.py", "metrics.csv", "episodes.csv", "checkpoint.pt"}
+    assert {path.name for path in run.iterdir()} == names | {"summary.json"}
+    # num_envs is the total of all processes.
+    batch = TINY["num_envs"] * TINY["num_steps"]
+    steps = list(range(batch, SETTINGS[name]["total_timesteps"] + 1, batch))
+    assert column(run, "global_step") == steps
+    for row in read_csv(run / "metrics.csv"):
+        assert None not in row and None not in row.values()
+    ends = [float(row["global_step"]) for row in read_csv(run / "episodes.csv")]
+    assert ends == sorted(ends) and all(end <= steps[-1] for end in ends)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["global_step"] == steps[-1]
+    assert summary["eval_episodes"] == SETTINGS[name]["eval_episodes"]
+    output = (folder / "stdout").read_text()
+    assert output.count("eval_return_mean=") == 1 and output.count("files in ") == 2
+
+
+def test_resume(trained: Trained) -> None:
+    name, folder = trained
+    (run,) = (folder / "runs").iterdir()
+    before = torch.load(run / "checkpoint.pt", weights_only=True)
+    total = 2 * SETTINGS[name]["total_timesteps"]
+    words = ["--resume", str(run), "--total-timesteps", str(total), "--no-cuda"]
+    assert finish(torchrun(folder / "resumed", str(ROOT / f"{name}.py"), *words)) == 0
+    batch = TINY["num_envs"] * TINY["num_steps"]
+    assert column(run, "global_step") == list(range(batch, total + 1, batch))
+    after = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert after["progress"]["global_step"] == total == 2 * before["progress"]["global_step"]
+    assert any(not torch.equal(x, before["agent"][key]) for key, x in after["agent"].items())
+
+
+# ---- faults
+
+
+def test_environments_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    argv = flags(SCRIPTS[0], num_envs=3, run_dir="new")
+    assert finish(torchrun(tmp_path, script_file(SCRIPTS[0]), *argv)) != 0
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    errors = {line for line in lines if line.startswith("error: ")}
+    assert errors == {"error: --num-envs 3: must divide among 2 processes"}
+    assert not any(line.lstrip().startswith('File "') and "ppo.py" in line for line in lines)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_fault_in_one_process_ends_all(tmp_path: Path) -> None:
+    argv = flags(SCRIPTS[0], env_id="torchrun_driver:Fault-v0", run_dir="new")
+    began = time.time()
+    assert finish(torchrun(tmp_path, script_file(SCRIPTS[0]), *argv)) not in (0, -9)
+    assert time.time() - began < 120
+    assert "the wheel came off" in (tmp_path / "stderr").read_text()
+    assert column(tmp_path / "new", "global_step") == [64]
+    assert not (tmp_path / "new" / "summary.json").exists()
+
+
+@scripts
+def test_sigterm_saves_and_says_how_to_resume(script: ModuleType, tmp_path: Path) -> None:
+    """torchrun passes the signal on to every process; none may leave before the others."""
+    run = tmp_path / "new"
+    argv = flags(script, run_dir="new", total_timesteps=64 * 10**6)
+    process = torchrun(tmp_path, script_file(script), *argv)
+    try:
+        wait_for(
+            lambda: (run / "metrics.csv").exists() and len(read_csv(run / "metrics.csv")) > 20, 200
+        )
+        process.send_signal(signal.SIGTERM)
+        assert finish(process, 60) not in (0, -9)
+    finally:
+        process.kill()
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["global_step"] == column(run, "global_step")[-1]
+    assert f"--resume {run.name}" in (tmp_path / "stdout").read_text()
+    assert "RuntimeError" not in (tmp_path / "stderr").read_text()
