@@ -511,7 +511,7 @@ def average_gradients(agent: Agent) -> None:
 
 def check_finite(**tensors: Tensor) -> None:
     for name, x in tensors.items():
-        if not x.isfinite().all():
+        if not (math.isfinite(x.item()) if x.ndim == 0 else x.isfinite().all()):
             raise FloatingPointError(f"{name} is NaN or infinite")
 
 
@@ -561,7 +561,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             truncated = truncated & ~terminated
             outcomes.append((reward, terminated, truncated))
             final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated)]
-            for i in np.flatnonzero(infos.get("_episode", ())):
+            for i in np.flatnonzero(infos["_episode"]) if "_episode" in infos else ():
                 step = run.global_step + (t + 1) * args.num_envs
                 run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
         run.global_step += args.batch_size
