@@ -208,7 +208,8 @@ def env_errors(env_id: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(f"{error}".split()) or repr(error)
-        if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+        atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
+        if atari and Args.exp_name != "ppo_atari":
             reason += " For Atari games use ppo_atari.py."
         raise ValueError(f"--env-id {env_id}: {reason}") from error
 
@@ -666,7 +667,7 @@ class Run:
         # Seeds of their own for other processes and for the environments of a resumed run
         self.rank = int(os.environ.get("RANK", 0))
         sequence = np.random.SeedSequence((args.seed, self.rank, self.iteration))
-        self.seed = int(sequence.generate_state(1)[0])
+        self.seed = int(sequence.generate_state(1)[0]) >> 2  # fits a C int, with some to add
         if self.rank:
             torch.manual_seed(self.seed)
             return
@@ -873,7 +874,8 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
             lengths += playing
             playing &= ~ended
     numbers = (float(returns.mean()), float(returns.std()), n)
-    episodes = {"returns": returns.tolist(), "lengths": lengths.tolist(), "cut": playing.tolist()}
+    cut = (lengths >= 27_000).tolist()
+    episodes = {"returns": returns.tolist(), "lengths": lengths.tolist(), "cut": cut}
     return dict(zip(EVALUATION, numbers, strict=True)) | episodes
 
 

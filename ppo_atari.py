@@ -214,7 +214,8 @@ def env_errors(env_id: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(f"{error}".split()) or repr(error)
-        if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+        atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
+        if atari and Args.exp_name != "ppo_atari":
             reason += " For Atari games use ppo_atari.py."
         raise ValueError(f"--env-id {env_id}: {reason}") from error
 
@@ -235,11 +236,10 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     if args.norm_obs:
         raise ValueError("--norm-obs True: pixels are scaled to [0, 1] already; leave it out")
     with env_errors(args.env_id):
-        spec = gym.spec(args.env_id)
-        if "game" not in spec.kwargs:
+        if ":" in args.env_id or "game" not in gym.spec(args.env_id).kwargs:
             raise ValueError("This is no Atari game: use ppo.py or ppo_continuous.py.")
         envs = AtariVectorEnv(
-            spec.kwargs["game"],
+            gym.spec(args.env_id).kwargs["game"],
             num_envs,
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
             repeat_action_probability=args.sticky_actions,
@@ -271,7 +271,7 @@ class GameStatistics(gym.vector.VectorWrapper):
         self.episode_returns += rewards
         self.episode_lengths += 1
         # Frame numbers fall where a new game has begun, and not where only a life was lost.
-        ended = infos["episode_frame_number"] < self.frame_numbers
+        ended = truncations | (infos["episode_frame_number"] < self.frame_numbers)
         self.frame_numbers = infos["episode_frame_number"].copy()
         if ended.any():
             infos["episode"] = {"r": self.episode_returns.copy(), "l": self.episode_lengths.copy()}
@@ -722,7 +722,7 @@ class Run:
         # Seeds of their own for other processes and for the environments of a resumed run
         self.rank = int(os.environ.get("RANK", 0))
         sequence = np.random.SeedSequence((args.seed, self.rank, self.iteration))
-        self.seed = int(sequence.generate_state(1)[0])
+        self.seed = int(sequence.generate_state(1)[0]) >> 2  # fits a C int, with some to add
         if self.rank:
             torch.manual_seed(self.seed)
             return
@@ -929,7 +929,8 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
             lengths += playing
             playing &= ~ended
     numbers = (float(returns.mean()), float(returns.std()), n)
-    episodes = {"returns": returns.tolist(), "lengths": lengths.tolist(), "cut": playing.tolist()}
+    cut = (lengths >= 27_000).tolist()
+    episodes = {"returns": returns.tolist(), "lengths": lengths.tolist(), "cut": cut}
     return dict(zip(EVALUATION, numbers, strict=True)) | episodes
 
 
