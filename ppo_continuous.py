@@ -807,7 +807,8 @@ class Run:
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {name: file.tell() for name, file in self.files.items()}
         state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
-        state |= {"script": Args.exp_name, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state |= {"script": Args.exp_name, "args": vars(self.args) | {"resume": None}}
+        state |= {"rng": torch.get_rng_state()}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write(self.folder / "checkpoint.pt", buffer.getvalue())
