@@ -204,13 +204,13 @@ class Args:
 @contextlib.contextmanager
 def env_errors(env_id: str) -> Iterator[None]:
     """Turn whatever fails while an environment is built into one line that names it."""
+    atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
     try:
+        if atari and Args.exp_name != "ppo_atari":
+            raise ValueError("For Atari games use ppo_atari.py.")
         yield
     except Exception as error:
         reason = " ".join(f"{error}".split()) or repr(error)
-        atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
-        if atari and Args.exp_name != "ppo_atari":
-            reason += " For Atari games use ppo_atari.py."
         raise ValueError(f"--env-id {env_id}: {reason}") from error
 
 
@@ -628,6 +628,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         stopped = all_mean(torch.tensor(float(run.signal), device=device)) > 0
         run.record(metrics, last=bool(stopped) or iteration == args.num_iterations)
         if stopped:
+            run.signal = run.signal or signal.SIGTERM  # it may have reached another process only
             break
     return agent, run
 
@@ -668,6 +669,9 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))
         sequence = np.random.SeedSequence((args.seed, self.rank, self.iteration))
         self.seed = int(sequence.generate_state(1)[0]) >> 2  # fits a C int, with some to add
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread may
+                stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
         if self.rank:
             torch.manual_seed(self.seed)
             return
@@ -697,9 +701,6 @@ class Run:
             self.wandb.define_metric("*", step_metric="global_step")
             self.wandb.save(self.folder / "script.py", base_path=self.folder, policy="now")
         stack.push(self.on_exit)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread may
-                stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
         print(f"{args.env_id}, seed {args.seed}, files in {self.folder}")
         steps = f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps"
         print(

@@ -18,7 +18,6 @@ from torchrun_driver import mathematics
 
 TESTS = Path(__file__).parent
 DRIVER = str(TESTS / "torchrun_driver.py")
-scripts = pytest.mark.parametrize("script", SCRIPTS, ids=[s.__name__ for s in SCRIPTS])
 pytestmark = pytest.mark.slow  # each start of torchrun imports torch three times
 
 
@@ -210,8 +209,14 @@ def test_a_fault_in_one_process_ends_all(tmp_path: Path) -> None:
     assert not (tmp_path / "new" / "summary.json").exists()
 
 
-@scripts
-def test_sigterm_saves_and_says_how_to_resume(script: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [(SCRIPTS[0], signal.SIGTERM), (SCRIPTS[1], signal.SIGINT)],
+    ids=["ppo-SIGTERM", "ppo_continuous-SIGINT"],
+)
+def test_signals_save_and_say_how_to_resume(
+    script: ModuleType, number: signal.Signals, tmp_path: Path
+) -> None:
     """torchrun passes the signal on to every process; none may leave before the others."""
     run = tmp_path / "new"
     argv = flags(script, run_dir="new", total_timesteps=64 * 10**6)
@@ -220,7 +225,7 @@ def test_sigterm_saves_and_says_how_to_resume(script: ModuleType, tmp_path: Path
         wait_for(
             lambda: (run / "metrics.csv").exists() and len(read_csv(run / "metrics.csv")) > 20, 200
         )
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert finish(process, 60) not in (0, -9)
     finally:
         process.kill()
