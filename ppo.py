@@ -278,10 +278,9 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.fresh = True
-        self.register_load_state_dict_post_hook(lambda module, keys: module.refresh())
+        self.register_load_state_dict_post_hook(RunningMeanStd.loaded)
 
-    def refresh(self) -> None:
-        self.std.copy_((self.var + 1e-8).sqrt())
+    def loaded(self, keys: object) -> None:
         self.fresh = not self.count
 
     def update(self, x: Tensor) -> None:
@@ -291,7 +290,8 @@ class RunningMeanStd(nn.Module):
         self.var.lerp_(var, share).add_(share * (1 - share) * (mean - self.mean) ** 2)
         self.mean.lerp_(mean, share)
         self.count += len(x)
-        self.refresh()
+        self.std.copy_((self.var + 1e-8).sqrt())
+        self.fresh = False
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x - mean) / std, clipped to +-10 (details 28, 29); as float32."""
