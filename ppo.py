@@ -83,6 +83,8 @@ class Args:
     """normalise observations by running mean and std; try it where their sizes differ"""
     norm_reward: bool = False
     """divide rewards by the running std of returns; try it where returns are far from 1"""
+    stagger: bool = True
+    """restart the environments one by one at first: no batch of one stage of all episodes only"""
     # Update
     learning_rate: float = 1e-3
     """Adam's step size; lower it where approx_kl or clipfrac run high; 1e-4 to 1e-3"""
@@ -217,6 +219,13 @@ def env_errors(env_id: str) -> Iterator[None]:
 # <<< shared: env_errors
 
 
+class SyncEnvs(gym.vector.SyncVectorEnv):
+    """gymnasium's, but a reset leaves the caller's options whole: wrappers read reset_mask too."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
+        return super().reset(seed=seed, options=options and dict(options))
+
+
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
     """Build environments that step together; the first is filmed where `videos` names a folder.
 
@@ -239,7 +248,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     with env_errors(args.env_id):
         same_step = gym.vector.AutoresetMode.SAME_STEP
         env_fns = [lambda i=i: make_env(i) for i in range(num_envs)]
-        envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step)
+        envs = SyncEnvs(env_fns, autoreset_mode=same_step)
         space, actions = envs.single_observation_space, envs.single_action_space
         if isinstance(actions, gym.spaces.Box):
             raise ValueError(f"Its actions, {actions}, are continuous: use ppo_continuous.py.")
@@ -338,27 +347,26 @@ class Agent(nn.Module):
         """V(s), (N,)"""
         return self.critic(self.obs_stats.normalize(obs)).squeeze(-1)
 
-    def get_action(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample actions: action and logprob, each (N,)."""
-        logprobs = self.get_dist(obs)
-        # argmax(log p + Gumbel noise) is a sample of p; Gumbel noise is -log(Exponential(1)).
-        noise = -torch.empty_like(logprobs).exponential_().log()
-        action = (logprobs + noise).argmax(dim=-1)
-        return action, logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Judge actions, sampled ones if none are given: action, logprob, entropy, value, (N,)."""
-        action = self.get_action(obs)[0] if action is None else action
         obs = self.obs_stats.normalize(obs)
-        logprobs = self.actor(obs).log_softmax(dim=-1)
-        logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        dist = self.actor(obs).log_softmax(dim=-1)
+        action = self.sample(dist) if action is None else action
         # H(p) = -sum_a p(a) * log p(a)
-        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-        return action, logprob, entropy, self.critic(obs).squeeze(-1)
+        entropy = -(dist.exp() * dist).sum(dim=-1)
+        return action, self.log_prob(dist, action), entropy, self.critic(obs).squeeze(-1)
 
     def act(self, obs: Tensor, deterministic: bool = True) -> Tensor:
         """Actions (N,): the most probable ones, or samples."""
-        return self.get_dist(obs).argmax(dim=-1) if deterministic else self.get_action(obs)[0]
+        dist = self.get_dist(obs)
+        return dist.argmax(dim=-1) if deterministic else self.sample(dist)
+
+    def sample(self, dist: Tensor) -> Tensor:
+        # argmax(log p + Gumbel noise) is a sample of p; Gumbel noise is -log(Exponential(1)).
+        return (dist - torch.empty_like(dist).exponential_().log()).argmax(dim=-1)
+
+    def log_prob(self, dist: Tensor, action: Tensor) -> Tensor:
+        return dist.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
     def kl(old_dist: Tensor, new_dist: Tensor) -> Tensor:
@@ -457,7 +465,8 @@ def minibatch_loss(
     clip_coef = args.clip_coef if args.surrogate == "clip" else None
     clips = {"clip_coef": clip_coef, "vf_clip_coef": args.clip_coef if args.clip_vloss else None}
     weights = {"vf_coef": args.vf_coef, "ent_coef": args.ent_coef, "kl_coef": kl_coef}
-    kl = agent.kl(mb["dist"], agent.get_dist(mb["obs"])) if "dist" in mb else None
+    penalty = args.surrogate.startswith("kl")
+    kl = agent.kl(mb["dist"], agent.get_dist(mb["obs"])) if penalty else None
     return ppo_loss(*rows, entropies, kl=kl, **clips, **weights)
 
 
@@ -530,7 +539,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     reward_stats = RunningMeanStd().to(device)
     run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
     parameters = list(agent.parameters())
-    policy, loss_function = agent.get_action, minibatch_loss
+    policy, loss_function = agent.get_dist, minibatch_loss
     if args.compile:
         loss_function = torch.compile(loss_function)
         policy = torch.compile(policy) if args.cuda else policy  # a CPU gains nothing here
@@ -543,7 +552,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)  # (N, ...)
     carry = torch.zeros(N, device=device)  # discounted returns of the episodes under way
 
-    for iteration in range(run.iteration + 1, args.num_iterations + 1):
+    first = run.iteration + 1
+    for iteration in range(first, args.num_iterations + 1):
         run.iteration = iteration
         # ---- Phase 1: anneal (detail 4)
         progress = (iteration - 1) / args.num_iterations if args.anneal_lr else 0.0
@@ -551,11 +561,18 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ---- Phase 2: rollout (detail 1)
+        # Environments that begin together fill each batch with one stage of their episodes.
+        # Restarting one an iteration, each once, spreads them out.
+        if args.stagger and 0 < (i := iteration - first) < N:
+            next_obs, _ = envs.reset(options={"reset_mask": np.arange(N) == i})
+            next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
+            carry[i] = 0.0
         steps, outcomes, final_obs = [], [], []
         for t in range(T):
             with torch.inference_mode():
-                action, logprob = policy(next_obs)
-            steps.append((next_obs, action, logprob))
+                old_dist = policy(next_obs)
+                action = agent.sample(old_dist)
+            steps.append((next_obs, action, old_dist))
             # Fetching the actions is the rollout's only wait for a GPU.
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
             next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
@@ -567,7 +584,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
         run.global_step += args.batch_size
         # (T, N, ...) each, and (K, ...) of the K rows that a time limit ended
-        obs, actions, logprobs = map(torch.stack, zip(*steps, strict=True))
+        obs, actions, old_dist = map(torch.stack, zip(*steps, strict=True))
         outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
         rewards, terminations, truncations = outcomes.unbind(dim=1)
         dones = terminations + truncations
@@ -580,10 +597,10 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             rewards = (rewards / reward_stats.std).float()
 
         # (T, N, ...) -> (B, ...)
-        batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
+        batch = {"obs": obs, "actions": actions, "dist": old_dist}
         batch = {name: x.flatten(0, 1) for name, x in batch.items()}
-        if args.surrogate.startswith("kl"):
-            batch["dist"] = agent.get_dist(batch["obs"]).detach()
+        with torch.no_grad():
+            batch["logprobs"] = agent.log_prob(batch["dist"], batch["actions"])
         minibatches, kl_coef = [], torch.tensor(run.kl_coef, device=device)
         for epoch in range(args.update_epochs):
             # ---- Phase 3: advantages

@@ -82,6 +82,8 @@ class Args:
     """normalise observations by running mean and std; try it where their sizes differ"""
     norm_reward: bool = True
     """divide rewards by the running std of returns; try it where returns are far from 1"""
+    stagger: bool = True
+    """restart the environments one by one at first: no batch of one stage of all episodes only"""
     # Update
     learning_rate: float = 3e-4
     """Adam's step size; lower it where approx_kl or clipfrac run high; 1e-4 to 1e-3"""
@@ -216,6 +218,13 @@ def env_errors(env_id: str) -> Iterator[None]:
 # <<< shared: env_errors
 
 
+class SyncEnvs(gym.vector.SyncVectorEnv):
+    """gymnasium's, but a reset leaves the caller's options whole: wrappers read reset_mask too."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
+        return super().reset(seed=seed, options=options and dict(options))
+
+
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
     """Build environments that step together; the first is filmed where `videos` names a folder.
 
@@ -238,7 +247,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     with env_errors(args.env_id):
         same_step = gym.vector.AutoresetMode.SAME_STEP
         env_fns = [lambda i=i: make_env(i) for i in range(num_envs)]
-        envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step)
+        envs = SyncEnvs(env_fns, autoreset_mode=same_step)
         space, actions = envs.single_observation_space, envs.single_action_space
         if isinstance(actions, gym.spaces.Discrete):
             raise ValueError(f"Its actions, {actions}, are discrete: use ppo.py.")
@@ -359,31 +368,32 @@ class Agent(nn.Module):
         """V(s), (N,)"""
         return self.critic(self.obs_stats.normalize(obs)).squeeze(-1)
 
-    def log_prob(self, mean: Tensor, action: Tensor) -> Tensor:
-        """log N(action; mean, std), summed over the dimensions, (N,)"""
-        z = (action.flatten(1) - mean) * (-self.log_std).exp()
-        return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
-
-    def get_action(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample actions: action (N, ...) and logprob (N,)."""
-        mean = self.actor(self.obs_stats.normalize(obs))
-        action = mean + self.log_std.exp() * torch.randn_like(mean)
-        return action.unflatten(-1, self.action_shape), self.log_prob(mean, action)
-
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Judge actions, sampled if none are given: action, logprob, entropy, value, (N, ...)."""
-        action = self.get_action(obs)[0] if action is None else action
         obs = self.obs_stats.normalize(obs)
-        logprob = self.log_prob(self.actor(obs), action)
+        mean = self.actor(obs)
+        dist = torch.cat([mean, self.log_std.expand_as(mean)], dim=-1)
+        action = self.sample(dist) if action is None else action
         # H = sum log(std * sqrt(2 * pi * e))
-        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand_as(logprob)
-        return action, logprob, entropy, self.critic(obs).squeeze(-1)
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(mean))
+        return action, self.log_prob(dist, action), entropy, self.critic(obs).squeeze(-1)
 
     def act(self, obs: Tensor, deterministic: bool = True) -> Tensor:
         """Actions (N, ...): the means, or samples."""
-        if not deterministic:
-            return self.get_action(obs)[0]
-        return self.actor(self.obs_stats.normalize(obs)).unflatten(-1, self.action_shape)
+        dist = self.get_dist(obs)
+        mean = dist.chunk(2, dim=-1)[0]
+        return mean.unflatten(-1, self.action_shape) if deterministic else self.sample(dist)
+
+    def sample(self, dist: Tensor) -> Tensor:
+        mean, log_std = dist.chunk(2, dim=-1)
+        action = mean + log_std.exp() * torch.randn_like(mean)
+        return action.unflatten(-1, self.action_shape)
+
+    def log_prob(self, dist: Tensor, action: Tensor) -> Tensor:
+        """log N(action; mean, std), summed over the dimensions, (N,)"""
+        mean, log_std = dist.chunk(2, dim=-1)
+        z = (action.flatten(1) - mean) * (-log_std).exp()
+        return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
     @staticmethod
     def kl(old_dist: Tensor, new_dist: Tensor) -> Tensor:
@@ -487,7 +497,8 @@ def minibatch_loss(
     clip_coef = args.clip_coef if args.surrogate == "clip" else None
     clips = {"clip_coef": clip_coef, "vf_clip_coef": args.clip_coef if args.clip_vloss else None}
     weights = {"vf_coef": args.vf_coef, "ent_coef": args.ent_coef, "kl_coef": kl_coef}
-    kl = agent.kl(mb["dist"], agent.get_dist(mb["obs"])) if "dist" in mb else None
+    penalty = args.surrogate.startswith("kl")
+    kl = agent.kl(mb["dist"], agent.get_dist(mb["obs"])) if penalty else None
     return ppo_loss(*rows, entropies, kl=kl, **clips, **weights)
 
 
@@ -560,7 +571,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     reward_stats = RunningMeanStd().to(device)
     run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
     parameters = list(agent.parameters())
-    policy, loss_function = agent.get_action, minibatch_loss
+    policy, loss_function = agent.get_dist, minibatch_loss
     if args.compile:
         loss_function = torch.compile(loss_function)
         policy = torch.compile(policy) if args.cuda else policy  # a CPU gains nothing here
@@ -573,7 +584,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)  # (N, ...)
     carry = torch.zeros(N, device=device)  # discounted returns of the episodes under way
 
-    for iteration in range(run.iteration + 1, args.num_iterations + 1):
+    first = run.iteration + 1
+    for iteration in range(first, args.num_iterations + 1):
         run.iteration = iteration
         # ---- Phase 1: anneal (detail 4)
         progress = (iteration - 1) / args.num_iterations if args.anneal_lr else 0.0
@@ -581,11 +593,18 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ---- Phase 2: rollout (detail 1)
+        # Environments that begin together fill each batch with one stage of their episodes.
+        # Restarting one an iteration, each once, spreads them out.
+        if args.stagger and 0 < (i := iteration - first) < N:
+            next_obs, _ = envs.reset(options={"reset_mask": np.arange(N) == i})
+            next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
+            carry[i] = 0.0
         steps, outcomes, final_obs = [], [], []
         for t in range(T):
             with torch.inference_mode():
-                action, logprob = policy(next_obs)
-            steps.append((next_obs, action, logprob))
+                old_dist = policy(next_obs)
+                action = agent.sample(old_dist)
+            steps.append((next_obs, action, old_dist))
             # Fetching the actions is the rollout's only wait for a GPU.
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
             next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
@@ -597,7 +616,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
         run.global_step += args.batch_size
         # (T, N, ...) each, and (K, ...) of the K rows that a time limit ended
-        obs, actions, logprobs = map(torch.stack, zip(*steps, strict=True))
+        obs, actions, old_dist = map(torch.stack, zip(*steps, strict=True))
         outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
         rewards, terminations, truncations = outcomes.unbind(dim=1)
         dones = terminations + truncations
@@ -610,10 +629,10 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             rewards = (rewards / reward_stats.std).float()
 
         # (T, N, ...) -> (B, ...)
-        batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
+        batch = {"obs": obs, "actions": actions, "dist": old_dist}
         batch = {name: x.flatten(0, 1) for name, x in batch.items()}
-        if args.surrogate.startswith("kl"):
-            batch["dist"] = agent.get_dist(batch["obs"]).detach()
+        with torch.no_grad():
+            batch["logprobs"] = agent.log_prob(batch["dist"], batch["actions"])
         minibatches, kl_coef = [], torch.tensor(run.kl_coef, device=device)
         for epoch in range(args.update_epochs):
             # ---- Phase 3: advantages
