@@ -770,19 +770,16 @@ class Run:
             self.wandb.define_metric("*", step_metric="global_step")
             self.wandb.save(self.folder / "script.py", base_path=self.folder, policy="now")
         stack.push(self.on_exit)
-        print(f"{args.env_id}, seed {args.seed}, files in {self.folder}")
         steps = f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps"
+        rows = f"{args.batch_size:,} rows = {args.num_envs} envs x {args.num_steps} steps"
+        updates = args.update_epochs * args.num_minibatches
+        minibatches = f"{args.num_minibatches} minibatches of {args.minibatch_size}"
         print(
-            f"{args.num_iterations:,} iterations, {steps}; device {'cuda' if args.cuda else 'cpu'}"
-        )
-        print(
-            f"each: {args.batch_size:,} rows = {args.num_envs} envs x {args.num_steps} steps, then"
-        )
-        updates = (
-            f"{args.update_epochs * args.num_minibatches} updates = {args.update_epochs} epochs"
-        )
-        print(
-            f"{updates} x {args.num_minibatches} minibatches of {args.minibatch_size}", flush=True
+            f"{args.env_id}, seed {args.seed}, files in {self.folder}",
+            f"{args.num_iterations:,} iterations, {steps}; device {'cuda' if args.cuda else 'cpu'}",
+            f"each: {rows}, {updates} updates = {args.update_epochs} epochs x {minibatches}",
+            sep="\n",
+            flush=True,
         )
 
     def on_signal(self, number: int, frame: object) -> None:
@@ -977,7 +974,7 @@ def train(args: Args) -> str:
         if dist.is_initialized():
             dist.barrier()  # leave together
         if run.signal:
-            print(f"stopped; go on with --resume {run.folder}", flush=True)
+            print(f"stopped; go on with --resume {run.folder}\n" * (run.rank == 0), end="")
             raise SystemExit(128 + run.signal)
     return str(run.folder)
 

@@ -382,17 +382,17 @@ class Agent(nn.Module):
         """Actions (N, ...): the means, or samples."""
         dist = self.get_dist(obs)
         mean = dist.chunk(2, dim=-1)[0]
-        return mean.unflatten(-1, self.action_shape) if deterministic else self.sample(dist)
+        return mean.view(-1, *self.action_shape) if deterministic else self.sample(dist)
 
     def sample(self, dist: Tensor) -> Tensor:
         mean, log_std = dist.chunk(2, dim=-1)
         action = mean + log_std.exp() * torch.randn_like(mean)
-        return action.unflatten(-1, self.action_shape)
+        return action.view(-1, *self.action_shape)
 
     def log_prob(self, dist: Tensor, action: Tensor) -> Tensor:
         """log N(action; mean, std), summed over the dimensions, (N,)"""
         mean, log_std = dist.chunk(2, dim=-1)
-        z = (action.flatten(1) - mean) * (-log_std).exp()
+        z = (action.view_as(mean) - mean) * (-log_std).exp()
         return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
     @staticmethod
@@ -750,19 +750,16 @@ class Run:
             self.wandb.define_metric("*", step_metric="global_step")
             self.wandb.save(self.folder / "script.py", base_path=self.folder, policy="now")
         stack.push(self.on_exit)
-        print(f"{args.env_id}, seed {args.seed}, files in {self.folder}")
         steps = f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps"
+        rows = f"{args.batch_size:,} rows = {args.num_envs} envs x {args.num_steps} steps"
+        updates = args.update_epochs * args.num_minibatches
+        minibatches = f"{args.num_minibatches} minibatches of {args.minibatch_size}"
         print(
-            f"{args.num_iterations:,} iterations, {steps}; device {'cuda' if args.cuda else 'cpu'}"
-        )
-        print(
-            f"each: {args.batch_size:,} rows = {args.num_envs} envs x {args.num_steps} steps, then"
-        )
-        updates = (
-            f"{args.update_epochs * args.num_minibatches} updates = {args.update_epochs} epochs"
-        )
-        print(
-            f"{updates} x {args.num_minibatches} minibatches of {args.minibatch_size}", flush=True
+            f"{args.env_id}, seed {args.seed}, files in {self.folder}",
+            f"{args.num_iterations:,} iterations, {steps}; device {'cuda' if args.cuda else 'cpu'}",
+            f"each: {rows}, {updates} updates = {args.update_epochs} epochs x {minibatches}",
+            sep="\n",
+            flush=True,
         )
 
     def on_signal(self, number: int, frame: object) -> None:
@@ -957,7 +954,7 @@ def train(args: Args) -> str:
         if dist.is_initialized():
             dist.barrier()  # leave together
         if run.signal:
-            print(f"stopped; go on with --resume {run.folder}", flush=True)
+            print(f"stopped; go on with --resume {run.folder}\n" * (run.rank == 0), end="")
             raise SystemExit(128 + run.signal)
     return str(run.folder)
 
