@@ -389,7 +389,7 @@ class Agent(nn.Module):
     def features(self, obs: Tensor) -> Tensor:
         """(N, 4, 84, 84) -> (N, 512); pixels are scaled to [0, 1] (detail 22)."""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            pixels = obs.float().div(255).contiguous(memory_format=torch.channels_last)
+            pixels = obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
             return self.network(pixels).float()
 
     def get_dist(self, obs: Tensor) -> Tensor:
