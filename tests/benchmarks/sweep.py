@@ -7,13 +7,14 @@
 
 Finished runs are skipped, those cut off go on where they stopped, one that fails does not stop the
 others. Runs: tests/benchmarks/runs/NAME/SETTING/ENV/SEED, with the output in SEED.log. Results:
-tests/benchmarks/NAME.csv and NAME.md, of every run in runs/NAME, and figures/NAME.png.
+tests/benchmarks/NAME.csv and NAME.md, of every run in runs/NAME, and figures/NAME.png. Where two
+experiments have a setting in common, its runs stand in the folder of one of them.
 """
 
 import argparse
 import csv
 import fcntl
-import hashlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -46,6 +47,13 @@ class Experiment:
     envs: dict[str, str]  # environment -> flags it needs in every setting
     settings: dict[str, str] = field(default_factory=lambda: {"defaults": ""})
     env_seeds: dict[str, int] = field(default_factory=dict)  # where it is not `seeds`
+    # setting -> (line of the script, what stands there instead), ...
+    edits: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    # setting -> folder of the same runs in another experiment: they are trained once
+    shared: dict[str, str] = field(default_factory=dict)
+    baseline: str = ""  # the setting that the others are compared with
+    whole: bool = False  # the mean over all of training as well
+    needs: tuple[str, str] = ("", "")  # module beside requirements.txt, and how to install it
 
 
 PAPER_ENVS = dict.fromkeys(
@@ -64,6 +72,33 @@ MOUNTAIN_CAR = (
     "--total-timesteps 1000000 --num-envs 16 --num-steps 64 --num-minibatches 4 --update-epochs 4 "
     "--gamma 0.99 --gae-lambda 0.98 --norm-obs --norm-reward"
 )
+LUNAR_LANDER = (
+    "--total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
+    "--update-epochs 4 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01 --learning-rate 3e-4"
+)
+PONG = (
+    "--total-timesteps 3000000 --num-envs 16 --num-steps 128 --update-epochs 3 "
+    "--num-minibatches 8 --clip-coef 0.2 --learning-rate 5e-4"
+)
+DELTAS = "    deltas = rewards + gamma * next_values * (1 - {}.to(rewards.dtype)) - values"
+# Two settings of the ablations need another script. `terminations` stop the bootstrap, `dones` are
+# time limits too; without its two lines, a layer starts as PyTorch leaves it.
+ABLATION_EDITS = {
+    "time-limit-as-death": ((DELTAS.format("terminations"), DELTAS.format("dones")),),
+    "default-init": (
+        ("    nn.init.orthogonal_(linear.weight, gain)", "    # weights stay as PyTorch drew them"),
+        (
+            "    nn.init.zeros_(linear.bias)",
+            "    # and biases: U(-1 / sqrt(inputs), 1 / sqrt(inputs))",
+        ),
+    ),
+}
+COMMON_ABLATIONS = {
+    "defaults": "",
+    "no-adv-norm": "--no-norm-adv",
+    "value-clip": "--clip-vloss",
+    "no-anneal": "--no-anneal-lr",
+}
 
 EXPERIMENTS = {
     "mujoco": Experiment("ppo_continuous.py", seeds=5, envs=PAPER_ENVS),
@@ -83,6 +118,54 @@ EXPERIMENTS = {
         settings={"documented": ""},
         env_seeds={"CartPole-v1": 10},
     ),
+    "lunarlander": Experiment(
+        "ppo.py",
+        seeds=3,
+        envs={"LunarLander-v3": LUNAR_LANDER},
+        settings={"documented": ""},
+        needs=("Box2D", 'pip install "gymnasium[box2d]"'),
+    ),
+    "atari": Experiment(
+        "ppo_atari.py",
+        seeds=1,
+        envs={"PongNoFrameskip-v4": PONG},
+        settings={"documented": ""},
+        whole=True,
+    ),
+    "ablations": Experiment(
+        "ppo_continuous.py",
+        seeds=3,
+        envs={"HalfCheetah-v5": "", "Hopper-v5": ""},
+        settings={
+            **COMMON_ABLATIONS,
+            "no-obs-norm": "--no-norm-obs",
+            "no-reward-norm": "--no-norm-reward",
+            "no-recompute": "--no-recompute-advantages",
+            "no-stagger": "--no-stagger",
+            **dict.fromkeys(ABLATION_EDITS, ""),
+        },
+        edits=ABLATION_EDITS,
+        shared={"defaults": "mujoco/defaults"},
+        baseline="defaults",
+    ),
+    # What ppo.py does not do by default is switched on.
+    "ablations_cartpole": Experiment(
+        "ppo.py",
+        seeds=10,
+        envs={"CartPole-v1": ""},
+        settings={
+            **COMMON_ABLATIONS,
+            "with-obs-norm": "--norm-obs",
+            "with-reward-norm": "--norm-reward",
+            "with-recompute": "--recompute-advantages",
+            "no-stagger": "--no-stagger",
+            **dict.fromkeys(ABLATION_EDITS, ""),
+        },
+        edits=ABLATION_EDITS,
+        shared={"defaults": "classic/documented"},
+        baseline="defaults",
+        whole=True,
+    ),
     "table1": Experiment(
         "ppo_continuous.py",
         seeds=3,
@@ -100,6 +183,7 @@ EXPERIMENTS = {
             "fixed-3": "--surrogate kl-fixed --kl-coef 3",
             "fixed-10": "--surrogate kl-fixed --kl-coef 10",
         },
+        shared={"clip-0.2": "mujoco/defaults"},
     ),
 }
 # Table 1 of the paper: 7 MuJoCo environments (v1) x 3 seeds, 1M steps.
@@ -123,6 +207,7 @@ class Job:
     setting: str
     seed: int
     folder: Path
+    script: Path
     flags: tuple[str, ...]  # everything but --run-dir and --compile
     args: dict[str, Any]  # what the script makes of them
 
@@ -133,8 +218,8 @@ class Job:
 class Trainer:
     """Runs jobs as child processes and passes a request to stop on to them."""
 
-    def __init__(self, script: Path, compile: bool) -> None:
-        self.script, self.compile = script, compile
+    def __init__(self, compile: bool, threads: int) -> None:
+        self.compile, self.threads = compile, threads
         self.children: set[subprocess.Popen] = set()
         self.stopping = False
 
@@ -148,6 +233,8 @@ class Trainer:
 
     def train(self, job: Job) -> str:
         """Start, resume or skip one run; returns what happened."""
+        if self.stopping:
+            return "stopped"
         if (job.folder / "summary.json").exists():
             return "skipped: finished before" + stale(job)
         job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -159,11 +246,12 @@ class Trainer:
             start = time.time()
             code = 2
             if (job.folder / "checkpoint.pt").exists():
-                code = self.run(["--resume", str(job.folder)], log)
+                code = self.run([str(job.script), "--resume", str(job.folder)], log)
             if code == 2 and not self.stopping:  # nothing to go on from
                 shutil.rmtree(job.folder, ignore_errors=True)
                 extra = ["--compile"] if self.compile else []
-                code = self.run([*job.flags, "--run-dir", str(job.folder), *extra], log)
+                flags = [*job.flags, "--run-dir", str(job.folder), *extra]
+                code = self.run([str(job.script), *flags], log)
         if self.stopping:
             return "stopped"
         if code or not (job.folder / "summary.json").exists():
@@ -175,10 +263,10 @@ class Trainer:
             f"{time.time() - start:.0f} s"
         )
 
-    def run(self, flags: list[str], log: Any) -> int:  # noqa: ANN401
+    def run(self, command: list[str], log: Any) -> int:  # noqa: ANN401
         if self.stopping:
             return 1
-        command = [sys.executable, str(self.script), *flags]
+        command = [sys.executable, *command]
         print("$", *command, file=log, flush=True)
         child = subprocess.Popen(
             command,
@@ -186,7 +274,7 @@ class Trainer:
             stderr=log,
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": str(self.threads)},
             start_new_session=True,  # Ctrl-C reaches it through `stop` only, once
         )
         self.children.add(child)
@@ -204,10 +292,31 @@ def log_of(folder: Path) -> Path:
 def stale(job: Job) -> str:
     """The first argument in which a finished run differs from what it would be trained with now."""
     config = json.loads((job.folder / "config.json").read_text())
-    for name in sorted(job.args.keys() & config.keys() - IRRELEVANT):
+    for name in sorted(job.args.keys() - IRRELEVANT):
+        if name not in config:
+            return f", before the script had {name} (--redo repeats it)"
         if config[name] != job.args[name]:
             return f", with {name} = {config[name]} instead of {job.args[name]} (--redo repeats it)"
     return ""
+
+
+def edited(experiment: Experiment, setting: str) -> str:
+    """The script that a setting trains with."""
+    text = (ROOT / experiment.script).read_text()
+    for old, new in experiment.edits.get(setting, ()):
+        if (times := text.count(old + "\n")) != 1:
+            raise ValueError(
+                f"{setting}: this line stands {times} times in {experiment.script}, not once: {old}"
+            )
+        text = text.replace(old, new)
+    return text
+
+
+def write_script(path: Path, text: str) -> None:
+    """At once, as a run may be reading it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").replace(path)
 
 
 def load_script(path: Path) -> ModuleType:
@@ -216,6 +325,11 @@ def load_script(path: Path) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+def shared(experiment: Experiment, runs: Path) -> dict[str, str]:
+    """The settings whose runs stand in another experiment's folder; trials have their own."""
+    return experiment.shared if EXPERIMENTS.get(runs.name) is experiment else {}
 
 
 def plan(options: argparse.Namespace, experiment: Experiment, runs: Path) -> list[Job]:
@@ -235,23 +349,30 @@ def plan(options: argparse.Namespace, experiment: Experiment, runs: Path) -> lis
                 flags += ["--eval-episodes", str(EVAL_EPISODES), *own, *options.flags]
                 args = tyro.cli(arguments, args=flags)
                 args.check()
-                folder = runs / (setting + suffix) / env_id.replace("/", "-") / str(seed)
-                jobs.append(Job(env_id, setting, seed, folder, tuple(flags), vars(args)))
+                folder = runs / (setting + suffix)
+                own_script = setting in experiment.edits
+                script = (folder if own_script else runs) / experiment.script
+                if setting in shared(experiment, runs) and not suffix:
+                    folder = runs.parent / experiment.shared[setting]
+                folder = folder / env_id.replace("/", "-") / str(seed)
+                jobs.append(Job(env_id, setting, seed, folder, script, tuple(flags), vars(args)))
     return sorted(jobs, key=lambda job: job.seed)
 
 
 def sweep(options: argparse.Namespace, experiment: Experiment, runs: Path) -> int:
     """Train what is missing; returns the exit code."""
+    module, install = experiment.needs
+    if module and importlib.util.find_spec(module) is None:
+        raise ValueError(f"{', '.join(experiment.envs)}: needs {module}, an extra: {install}")
     jobs = plan(options, experiment, runs)
+    # Copies: edits made meanwhile do not reach later runs.
+    for script, setting in {job.script: job.setting for job in jobs}.items():
+        write_script(script, edited(experiment, setting))
     if options.redo:
         for job in jobs:
             if (job.folder / "summary.json").exists() and stale(job):
                 shutil.rmtree(job.folder)
-    runs.mkdir(parents=True, exist_ok=True)
-    script = runs / experiment.script  # a copy: edits made meanwhile do not reach later runs
-    script.with_suffix(".tmp").write_bytes((ROOT / experiment.script).read_bytes())
-    script.with_suffix(".tmp").replace(script)
-    trainer = Trainer(script, options.compile)
+    trainer = Trainer(options.compile, max(1, (os.cpu_count() or 1) // options.jobs))
     failures = 0
     for number_ in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number_, trainer.stop)
@@ -285,10 +406,20 @@ class Run:
     folder: Path
     date: str
 
+    @functools.cached_property
+    def episodes(self) -> np.ndarray:
+        """Step and return of every training episode, (episodes, 2)."""
+        path = self.folder / "episodes.csv"
+        return np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
+
+    @property
+    def whole(self) -> float:
+        """Mean return of all training episodes, the paper's measure of fast learning."""
+        return float(self.episodes[:, 1].mean()) if len(self.episodes) else math.nan
+
     def curve(self, grid: np.ndarray) -> np.ndarray:
         """Mean return of the last 100 episodes at each step of the grid; NaN before the first."""
-        path = self.folder / "episodes.csv"
-        rows = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
+        rows = self.episodes
         if not len(rows):
             return np.full(len(grid), np.nan)
         total = np.concatenate([[0.0], rows[:, 1].cumsum()])
@@ -298,14 +429,15 @@ class Run:
         return np.where(counts, (total[ends] - total[starts]) / np.maximum(counts, 1), np.nan)
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path, setting: str | None = None) -> Run:
+    """A finished run; its setting is the folder's unless it is another experiment's."""
     summary = json.loads((folder / "summary.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     scores = (summary["train_return_last100"], summary["eval_return_mean"])
     train, eval_ = (math.nan if score is None else score for score in scores)
     return Run(
         env_id=config["env_id"],
-        setting=folder.parts[-3],
+        setting=setting or folder.parts[-3],
         seed=config["seed"],
         train=train,
         eval=eval_,
@@ -319,9 +451,21 @@ def load_run(folder: Path) -> Run:
 
 def load_runs(experiment: Experiment, folder: Path) -> tuple[list[Run], list[str]]:
     """The finished runs, in the experiment's order, and the names of those not finished."""
+    elsewhere = shared(experiment, folder)
     found = [path for path in folder.glob("*/*/*") if path.is_dir()]
+    found = [path for path in found if path.parts[-3] not in elsewhere]
     finished = [path for path in found if (path / "summary.json").exists()]
     unfinished = sorted(str(path.relative_to(folder)) for path in set(found) - set(finished))
+    runs = [load_run(path) for path in finished]
+    every = argparse.Namespace(envs=None, settings=list(elsewhere), seeds=None, flags=[])
+    for job in plan(every, experiment, folder) if elsewhere else ():
+        name = str(job.folder.relative_to(folder.parent))
+        if not (job.folder / "summary.json").exists():
+            unfinished += [name] if job.folder.exists() else []
+        elif reason := stale(job):
+            unfinished.append(f"{name} ({reason.removeprefix(', ')})")
+        else:
+            runs.append(load_run(job.folder, job.setting))
     envs, settings = list(experiment.envs), list(experiment.settings)
 
     def order(run: Run) -> tuple:
@@ -334,7 +478,7 @@ def load_runs(experiment: Experiment, folder: Path) -> tuple[list[Run], list[str
             run.seed,
         )
 
-    return sorted(map(load_run, finished), key=order), unfinished
+    return sorted(runs, key=order), unfinished
 
 
 def number(x: float, like: float | None = None) -> str:
@@ -377,70 +521,134 @@ def measured(*packages: str) -> str:
     )
 
 
-def provenance(runs: list[Run]) -> str:
+def unedited(run: Run, experiment: Experiment) -> str:
+    """The script of a run as it is without the setting's own edits."""
+    text = (run.folder / "script.py").read_text()
+    for old, new in experiment.edits.get(run.setting.split("+")[0], ()):
+        text = text.replace(new, old)
+    return text
+
+
+def provenance(runs: list[Run], experiment: Experiment) -> str:
     """One line: when, with which versions, and whether all runs are of one kind."""
     dates = sorted({run.date for run in runs})
     text = f"Measured {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
     for name in ("python", "torch", "gymnasium", "numpy"):
         versions = {run.config["versions"][name].split()[0] for run in runs}
         text += f", {name} {' / '.join(sorted(versions))}"
-    if any(run.env_id.endswith("-v5") and "/" not in run.env_id for run in runs):
-        text += f", mujoco {importlib.metadata.version('mujoco')}"
+    simulators = {
+        "mujoco": any(run.env_id.endswith("-v5") and "/" not in run.env_id for run in runs),
+        "ale-py": experiment.script == "ppo_atari.py",
+        "box2d": experiment.needs[0] == "Box2D",
+    }
+    for name in (name for name, used in simulators.items() if used):
+        text += f", {name} {importlib.metadata.version(name)}"
     compiled = sum(run.config["compile"] for run in runs)
     text += f"; {'all' if compiled == len(runs) else compiled or 'no'} runs with --compile"
     devices = {"GPU" if run.config["cuda"] else "CPU" for run in runs}
     text += f", on {' and '.join(sorted(devices))}"
-    versions = {hashlib.sha256((run.folder / "script.py").read_bytes()).digest() for run in runs}
+    versions = {unedited(run, experiment) for run in runs}
     return text + (f"; {len(versions)} versions of the script" if len(versions) > 1 else "") + "."
 
 
+def scores(experiment: Experiment) -> dict[str, str]:
+    """Attribute of a run -> the heading of its column."""
+    result = {"train": "training, last 100"}
+    result |= {"whole": "training, all episodes"} if experiment.whole else {}
+    return result | {"eval": f"evaluation, {EVAL_EPISODES} episodes"}
+
+
+def difference(values: list[float], base: list[float]) -> str:
+    """Between two means, +- its standard error."""
+    if not base:
+        return "-"
+    mean = statistics.fmean(values) - statistics.fmean(base)
+    # As many decimals as the means have
+    text = f"{'+' if mean > 0 else ''}{number(mean, statistics.fmean(base))}"
+    if min(len(values), len(base)) > 1:
+        error = math.sqrt(sum(statistics.variance(x) / len(x) for x in (values, base)))
+        text += f" ± {number(error, statistics.fmean(base))}"
+    return text
+
+
 def write_tables(name: str, experiment: Experiment, runs: list[Run], unfinished: list[str]) -> None:
-    comment = provenance(runs)
+    comment = provenance(runs, experiment)
     own_name = next(key for key, value in EXPERIMENTS.items() if value is experiment)
     command = f"python tests/benchmarks/sweep.py {own_name}"
     command += f" --name {name}" if name != own_name else ""
-    table, csv_rows = [], []
+    table, each, csv_rows = [], [], []
+    several, headings = len({run.setting for run in runs}) > 1, scores(experiment)
+    compared = bool(experiment.baseline) and several
     for (env_id, setting), members in groups(runs).items():
-        train, eval_ = ([getattr(run, key) for run in members] for key in ("train", "eval"))
+        values = {key: [getattr(run, key) for run in members] for key in headings}
         steps = max(run.steps for run in members)
         sps = round(statistics.median(run.sps for run in members))
-        label = [env_id] if len({run.setting for run in runs}) == 1 else [env_id, setting]
-        each = [" ".join(map(number, values)) for values in (train, eval_)]
-        row = [len(members), f"{steps:,}", mean_std(train), mean_std(eval_), *each, f"{sps:,}"]
-        table.append(label + row)
-        seeds = " ".join(str(run.seed) for run in members)
-        row = [env_id, setting, seeds, steps]
-        for values in (train, eval_):
-            spread = statistics.stdev(values) if len(values) > 1 else math.nan
-            row += [f"{statistics.fmean(values):.6g}", f"{spread:.4g}".replace("nan", "")]
-        csv_rows.append([*row, *(" ".join(f"{x:.6g}" for x in v) for v in (train, eval_)), sps])
-    header = ["environment"] + ["setting"] * (len(table[0]) == 9)
-    header += ["seeds", "steps", "training, last 100", f"evaluation, {EVAL_EPISODES} episodes"]
-    header += ["training, each seed", "evaluation, each seed", "median SPS"]
+        row = [env_id, setting] if several else [env_id]
+        row += [len(members), f"{steps:,}"]
+        base = setting.replace(setting.split("+")[0], experiment.baseline, 1)
+        for key in headings:
+            row.append(mean_std(values[key]))
+            if compared:
+                others = groups(runs).get((env_id, base), []) if setting != base else []
+                row.append(difference(values[key], [getattr(run, key) for run in others]))
+        seeds = [" ".join(map(number, values[key])) for key in headings]
+        if compared:  # a table of its own, as this one is wide enough
+            each.append([env_id, setting, *seeds])
+        else:
+            row += seeds
+        table.append([*row, f"{sps:,}"])
+        csv_row = [env_id, setting, " ".join(str(run.seed) for run in members), steps]
+        for x in values.values():
+            spread = statistics.stdev(x) if len(x) > 1 else math.nan
+            csv_row += [f"{statistics.fmean(x):.6g}", f"{spread:.4g}".replace("nan", "")]
+        csv_row += [" ".join(f"{score:.6g}" for score in x) for x in values.values()]
+        csv_rows.append([*csv_row, sps])
+    header = ["environment"] + ["setting"] * several + ["seeds", "steps"]
+    for heading in headings.values():
+        header += [heading, f"difference to {experiment.baseline}"] if compared else [heading]
+    titles = {"train": "training", "whole": "training, all", "eval": "evaluation"}
+    seeds = [f"{titles[key]}, each seed" for key in headings]
+    header += [] if compared else seeds
     text = (
         f"# {name}\n\n`{command}` trains with `{experiment.script}`. "
-        f"{comment}\n\nTraining: mean return of the last 100 training episodes. Evaluation: mean "
-        f"return of {EVAL_EPISODES} episodes of the final policy, deterministic, one in each of "
-        f"{EVAL_EPISODES} fresh environments. Both are means over seeds ± sample standard "
-        "deviation over seeds. No finished run is left out. SPS is that of runs trained side by "
-        "side, not a speed measurement.\n\n" + markdown(header, table)
+        f"{comment}\n\nTraining: mean return of the last 100 training episodes"
     )
+    text += ", and of all of them, which rewards fast learning" if experiment.whole else ""
+    kind = "sampled actions" if experiment.script == "ppo_atari.py" else "deterministic"
+    text += (
+        f". Evaluation: mean return of {EVAL_EPISODES} episodes of the final policy, {kind}, one "
+        f"in each of {EVAL_EPISODES} fresh environments. All are means over seeds ± sample "
+        "standard deviation over seeds. No finished run is left out. SPS is that of runs trained "
+        "side by side, not a speed measurement."
+    )
+    text += " Differences are between means ± their standard error." if compared else ""
+    text += "\n\n" + markdown([*header, "median SPS"], table)
+    if compared:
+        text += "\n" + markdown(["environment", "setting", *seeds], each)
     text += "\nFlags beside the defaults:\n"
     for env_id, flags in experiment.envs.items():
         text += f"- {env_id}: `{flags}`\n" if flags else ""
+    changes = ""
     for setting in dict.fromkeys(run.setting for run in runs):
         base, *extra = setting.split("+")
         own = experiment.settings.get(base, "") + "".join(f" --{flag}" for flag in extra)
-        text += f"- {setting}: {f'`{own.strip()}`' if own else 'none'}\n"
+        text += f"- {setting}: {f'`{own.strip()}`' if own else 'none'}"
+        text += ", but a changed script\n" if base in experiment.edits else "\n"
+        if base in experiment.edits and (edits := experiment.edits[base]):
+            lines = [f"-{old}" for old, _ in edits] + [f"+{new}" for _, new in edits]
+            changes += "\n".join([f"\n{base}:\n\n```diff", *lines, "```\n"])
+    text += changes
     if unfinished:
         text += f"\nNot finished: {', '.join(unfinished)}.\n"
     if experiment is EXPERIMENTS["table1"]:
-        text += "\n" + normalised_scores(name, runs)
+        text += "\n" + normalised_scores(name, experiment, runs)
     if (HERE / "figures" / f"{name}.png").exists():
-        text += f"\n![Learning curves](figures/{name}.png)\n"
+        title = "Scores of each seed" if experiment.baseline else "Learning curves"
+        text += f"\n![{title}](figures/{name}.png)\n"
     (HERE / f"{name}.md").write_text(text)
-    header = "environment setting seeds steps train_mean train_std eval_mean eval_std".split()
-    header += ["train_each_seed", "eval_each_seed", "median_SPS"]
+    header = "environment setting seeds steps".split()
+    header += [f"{key}_{statistic}" for key in headings for statistic in ("mean", "std")]
+    header += [*(f"{key}_each_seed" for key in headings), "median_SPS"]
     write_csv(HERE / f"{name}.csv", header, csv_rows, comment)
 
 
@@ -477,23 +685,23 @@ def random_score(env_id: str, episodes: int = 100) -> float:
     return mean
 
 
-def normalised_scores(name: str, runs: list[Run]) -> str:
+def normalised_scores(name: str, experiment: Experiment, runs: list[Run]) -> str:
     """Table 1: 0 is the random policy, 1 the best setting's mean, averaged over all runs."""
     by_env: dict[str, dict[str, list[float]]] = {}
     for (env_id, setting), members in groups(runs).items():
         by_env.setdefault(env_id, {})[setting] = [run.train for run in members]
-    scores: dict[str, list[float]] = {}
+    by_setting: dict[str, list[float]] = {}
     for env_id, results in by_env.items():
         low = random_score(env_id)
         high = max(statistics.fmean(values) for values in results.values())
         for setting, values in results.items():
-            scores.setdefault(setting, []).extend((x - low) / (high - low) for x in values)
+            by_setting.setdefault(setting, []).extend((x - low) / (high - low) for x in values)
     rows = []
-    for setting, values in scores.items():
+    for setting, values in by_setting.items():
         paper = f"{PAPER_TABLE1[setting.split('+')[0]]:.2f}"
         rows.append([setting, len(values), f"{statistics.fmean(values):.2f}", paper])
     header = ["setting", "runs", "our score", "the paper's"]
-    write_csv(HERE / f"{name}_scores.csv", header, rows, provenance(runs))
+    write_csv(HERE / f"{name}_scores.csv", header, rows, provenance(runs, experiment))
     environments = ", ".join(
         f"{env_id} ({number(random_score(env_id))}, "
         f"{number(max(statistics.fmean(values) for values in results.values()))})"
@@ -527,6 +735,74 @@ def colour(setting: str, index: int) -> Any:  # noqa: ANN401
     return matplotlib.colormaps[families[kind]](shade)
 
 
+def plot_curve(axis: Any, members: list[Run], shade: Any, band: float, label: str) -> None:  # noqa: ANN401
+    """Mean over seeds, and a band from the lowest to the highest."""
+    grid = np.linspace(0, max(run.steps for run in members), 201)[1:]
+    curves = np.array([run.curve(grid) for run in members])
+    seen = ~np.isnan(curves).any(axis=0)
+    grid, curves = grid[seen] / 1e6, curves[:, seen]
+    if not len(grid):
+        return
+    axis.plot(grid, curves.mean(axis=0), color=shade, label=label, linewidth=1.5)
+    axis.fill_between(
+        grid, curves.min(axis=0), curves.max(axis=0), color=shade, alpha=band, linewidth=0
+    )
+    axis.set_xlabel("environment steps (millions)", fontsize=9)
+    axis.set_ylabel("return, last 100 episodes", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3, linewidth=0.5)
+    axis.set_xlim(left=0)
+
+
+def draw_scores(name: str, experiment: Experiment, runs: list[Run]) -> None:
+    """A row an environment, a panel a score: a dot each seed, a bar at each setting's mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    envs = list(dict.fromkeys(run.env_id for run in runs))
+    settings = list(dict.fromkeys(run.setting for run in runs))
+    headings = scores(experiment)
+    size = (1.2 + 3.2 * len(headings), 0.7 + len(envs) * (0.7 + 0.24 * len(settings)))
+    figure, axes = plt.subplots(
+        len(envs),
+        len(headings),
+        figsize=size,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+        facecolor="white",
+    )
+    for row, env_id in zip(axes, envs, strict=True):
+        for axis, (key, heading) in zip(row, headings.items(), strict=True):
+            for i, setting in enumerate(settings):
+                members = groups(runs).get((env_id, setting), [])
+                values = [getattr(run, key) for run in members]
+                if not values:
+                    continue
+                basis = setting.split("+")[0] == experiment.baseline
+                shade, mean = "C1" if basis else "C0", statistics.fmean(values)
+                spread = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else [0]
+                axis.scatter(
+                    values, i + np.array(spread), s=14, color=shade, alpha=0.6, linewidth=0
+                )
+                axis.plot([mean, mean], [i - 0.35, i + 0.35], color=shade, linewidth=2)
+                if basis:
+                    axis.axvline(mean, color="0.4", linewidth=0.8, linestyle=":")
+            axis.set_yticks(range(len(settings)), settings)
+            axis.set_title(env_id, fontsize=10)
+            axis.set_xlabel(f"mean return: {heading}", fontsize=9)
+            axis.tick_params(labelsize=8)
+            axis.grid(alpha=0.3, linewidth=0.5)
+        row[0].set_ylabel("setting", fontsize=9)
+    axes[0, 0].set_ylim(len(settings) - 0.5, -0.5)
+    title = f"A dot a seed, a bar at their mean; dotted line: mean of {experiment.baseline}"
+    figure.suptitle(title, fontsize=11)
+    save(figure, HERE / "figures" / f"{name}.png")
+    plt.close(figure)
+
+
 def draw(name: str, runs: list[Run]) -> None:
     """A panel an environment, a line a setting: mean over seeds, band from minimum to maximum."""
     import matplotlib
@@ -546,25 +822,9 @@ def draw(name: str, runs: list[Run]) -> None:
         axis.set_visible(False)
     for (env_id, setting), members in groups(runs).items():
         axis = axes.flat[envs.index(env_id)]
-        grid = np.linspace(0, max(run.steps for run in members), 201)[1:]
-        curves = np.array([run.curve(grid) for run in members])
-        seen = ~np.isnan(curves).any(axis=0)
-        grid, curves = grid[seen] / 1e6, curves[:, seen]
-        if not len(grid):
-            continue
         shade = colour(setting, settings.index(setting))
-        axis.plot(grid, curves.mean(axis=0), color=shade, label=setting, linewidth=1.5)
-        band = 0.2 if len(settings) < 4 else 0.08
-        axis.fill_between(
-            grid, curves.min(axis=0), curves.max(axis=0), color=shade, alpha=band, linewidth=0
-        )
+        plot_curve(axis, members, shade, 0.2 if len(settings) < 4 else 0.08, setting)
         axis.set_title(f"{env_id} ({len(members)} seed{'s' * (len(members) > 1)})", fontsize=10)
-    for axis in axes.flat:
-        axis.set_xlabel("environment steps (millions)", fontsize=9)
-        axis.set_ylabel("return, last 100 episodes", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3, linewidth=0.5)
-        axis.set_xlim(left=0)
     if len(settings) > 1:
         entries: dict[str, Any] = {}
         for axis in axes.flat:
@@ -598,7 +858,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS)
-    add("--jobs", type=int, default=2, help="runs at a time, each on one thread (default 2)")
+    add("--jobs", type=int, default=2, help="runs at a time, sharing the cores (default 2)")
     add("--envs", nargs="+", help="some of the experiment's environments, or others")
     add("--settings", nargs="+", help="some of the experiment's settings")
     add("--seeds", nargs="+", type=int, help="instead of the experiment's seeds")
@@ -625,7 +885,10 @@ def main() -> None:
         sys.exit(f"error: {error}")
     runs, unfinished = load_runs(experiment, folder)
     if runs:
-        draw(options.name, runs)
+        if experiment.baseline:
+            draw_scores(options.name, experiment, runs)
+        else:
+            draw(options.name, runs)
         write_tables(options.name, experiment, runs, unfinished)
         print((HERE / f"{options.name}.md").read_text())
     else:
