@@ -1,8 +1,11 @@
-"""Draw the clipped surrogate from `ppo_loss` itself, for both signs of the advantage.
+"""Draw the figures of the README that belong to no table.
 
-    python tests/benchmarks/figures.py
+    python tests/benchmarks/figures.py clip            # the clipped surrogate
+    python tests/benchmarks/figures.py first_minute    # what the three scripts learn
 
-As Figure 1 of the paper, with the gradient's direction. Result: tests/benchmarks/figures/clip.png.
+clip: from `ppo_loss` itself, for both signs of the advantage, as Figure 1 of the paper.
+first_minute: learning curves of the finished runs of sweep.py, a panel a script; an experiment that
+has not been run is left out. Results: tests/benchmarks/figures/clip.png and first_minute.png.
 """
 
 import argparse
@@ -10,10 +13,17 @@ import sys
 
 import numpy as np
 import torch
-from sweep import HERE, ROOT, save
+from sweep import HERE, ROOT, load_run, plot_curve, save
 
 sys.path.insert(0, str(ROOT))
 from ppo import ppo_loss  # noqa: E402
+
+# script -> folder of its runs under tests/benchmarks/runs
+FIRST_RUNS = {
+    "ppo.py": "classic/documented/CartPole-v1",
+    "ppo_continuous.py": "mujoco/defaults/HalfCheetah-v5",
+    "ppo_atari.py": "atari/documented/PongNoFrameskip-v4",
+}
 
 
 def objective(ratio: float, advantage: float, clip_coef: float | None) -> float:
@@ -26,16 +36,7 @@ def objective(ratio: float, advantage: float, clip_coef: float | None) -> float:
     return -loss.item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--clip-coef", type=float, default=0.2)
-    clip_coef = parser.parse_args().clip_coef
-
-    import matplotlib
-
-    matplotlib.use("Agg")
+def draw_clip(clip_coef: float) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", facecolor="white")
@@ -60,6 +61,51 @@ def main() -> None:
         axis.grid(alpha=0.3, linewidth=0.5)
         axis.legend(fontsize=8)
     save(figure, HERE / "figures" / "clip.png")
+
+
+def draw_first_minute() -> None:
+    """Mean over seeds, band from the lowest to the highest."""
+    import matplotlib.pyplot as plt
+
+    runs = {}
+    for script, folder in FIRST_RUNS.items():
+        finished = (HERE / "runs" / folder).glob("*/summary.json")
+        if members := [load_run(path.parent) for path in sorted(finished)]:
+            runs[script] = members
+        else:
+            print(f"no finished runs in {folder}, left out")
+    if not runs:
+        sys.exit("nothing to draw")
+    figure, axes = plt.subplots(
+        1,
+        len(runs),
+        figsize=(3.7 * len(runs), 3),
+        squeeze=False,
+        layout="constrained",
+        facecolor="white",
+    )
+    for axis, (script, members) in zip(axes.flat, runs.items(), strict=True):
+        plot_curve(axis, members, "C0", 0.2, "")
+        seeds = f"{len(members)} seed{'s' * (len(members) > 1)}"
+        axis.set_title(f"{script}\n{members[0].env_id}, {seeds}", fontsize=10)
+    save(figure, HERE / "figures" / "first_minute.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("figure", choices=("clip", "first_minute"))
+    parser.add_argument("--clip-coef", type=float, default=0.2)
+    options = parser.parse_args()
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    if options.figure == "clip":
+        draw_clip(options.clip_coef)
+    else:
+        draw_first_minute()
 
 
 if __name__ == "__main__":
