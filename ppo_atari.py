@@ -746,6 +746,8 @@ class Run:
             return
         if saved:
             torch.set_rng_state(saved["rng"])
+        if args.cuda and "cuda_rng" in saved:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
         versions = {module.__name__: str(module.__version__) for module in (torch, gym, np)}
         config = vars(args) | {"versions": versions | {"python": sys.version}}
         try:
@@ -824,6 +826,9 @@ class Run:
         if self.wandb:
             try:
                 self.wandb.log(row)
+                if args.capture_video:  # it sends each file once
+                    films = self.folder / "videos" / "*" / "*.mp4"
+                    self.wandb.save(films, base_path=self.folder, policy="now")
             except Exception as error:
                 self.wandb = None
                 print(f"wandb is gone, training goes on: {error}", file=sys.stderr)
@@ -846,6 +851,7 @@ class Run:
         state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
         state |= {"script": Args.exp_name, "args": vars(self.args) | {"resume": None}}
         state |= {"rng": torch.get_rng_state()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.args.cuda else {}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write(self.folder / "checkpoint.pt", buffer.getvalue())
