@@ -516,6 +516,19 @@ def test_wandb_offline(script: ModuleType, tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "run")) == 8
 
 
+@pytest.mark.slow
+def test_films_reach_wandb(tmp_path: Path) -> None:
+    environ = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    argv = [*flags(ppo, run_dir=tmp_path / "run"), "--track", "--capture-video"]
+    process = start(ppo, argv, tmp_path / "out", environ)
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "out" / "stderr").read_text()
+    films = {path.relative_to(tmp_path / "run") for path in videos(tmp_path / "run")}
+    (sent,) = (tmp_path / "run" / "wandb").glob("offline-run-*/files")
+    assert films
+    assert {path.relative_to(sent) for path in sent.rglob("*.mp4")} == films
+
+
 # ---- videos
 
 
