@@ -14,6 +14,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+from torch import Tensor
+
 import ppo
 import ppo_continuous
 
@@ -67,6 +70,22 @@ def metrics(folder: str | Path, times: bool = False) -> list[dict[str, str]]:
 
 def column(folder: str | Path, name: str) -> list[float]:
     return [float(row[name]) for row in metrics(folder, times=True)]
+
+
+def spy(
+    monkeypatch: pytest.MonkeyPatch, script: ModuleType, name: str
+) -> list[tuple[tuple, dict, object]]:
+    """Replace a function of the script by one that also keeps its inputs and its result."""
+    real, calls = getattr(script, name), []
+
+    def watched(*args: object, **kwargs: object) -> object:
+        args = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+        result = real(*args, **kwargs)
+        calls.append((args, kwargs, result))
+        return result
+
+    monkeypatch.setattr(script, name, watched)
+    return calls
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

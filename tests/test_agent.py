@@ -143,8 +143,9 @@ def test_shapes(script: ModuleType, agent: nn.Module, observe: Observe, n: int) 
     action, logprob, entropy, value = agent.get_action_and_value(obs)
     assert action.shape == agent.act(obs).shape == agent.act(obs, False).shape == shape
     assert logprob.shape == entropy.shape == value.shape == agent.get_value(obs).shape == (n,)
-    assert [x.shape for x in agent.get_action(obs)] == [shape, (n,)]
     dist = agent.get_dist(obs)
+    assert agent.sample(dist).shape == shape
+    assert agent.log_prob(dist, action).shape == (n,)
     assert agent.kl(dist, dist).shape == (n,)
     assert not action.requires_grad or script.__name__ == "ppo_continuous"
     assert {x.dtype for x in (logprob, entropy, value, dist)} == {torch.float32}
@@ -166,7 +167,7 @@ def test_float64_observations(agent: nn.Module, observe: Observe) -> None:
 
 
 @CONTINUOUS
-@pytest.mark.parametrize("shape", [(1,), (4,), (2, 3), (2, 1, 2)])
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (2, 3), (2, 1, 2)])
 @pytest.mark.parametrize("bound", [1.0, 50.0, np.inf])
 def test_action_spaces(
     script: ModuleType, observe: Observe, shape: tuple[int, ...], bound: float
@@ -205,11 +206,11 @@ def test_every_method_normalizes(agent: nn.Module, observe: Observe, shake: Shak
     torch.testing.assert_close(agent.get_dist(obs), fresh.get_dist(normalized))
     judged = agent.get_action_and_value(obs, action), fresh.get_action_and_value(normalized, action)
     torch.testing.assert_close(*judged)
-    for method in ("get_action", "get_action_and_value"):
+    for method, options in (("act", {"deterministic": False}), ("get_action_and_value", {})):
         samples = []
         for judge, x in ((agent, obs), (fresh, normalized)):
             torch.manual_seed(1)
-            samples.append(getattr(judge, method)(x))
+            samples.append(getattr(judge, method)(x, **options))
         torch.testing.assert_close(*samples)
     assert (agent.get_value(obs) - fresh.get_value(obs)).abs().max() > 0.1
 
@@ -218,7 +219,7 @@ def test_every_method_normalizes(agent: nn.Module, observe: Observe, shake: Shak
 def test_playing_does_not_update_statistics(agent: nn.Module, observe: Observe) -> None:
     agent.obs_stats.update(observe(10))
     before = copy.deepcopy(agent.state_dict())
-    for method in (agent.act, agent.get_value, agent.get_action, agent.get_action_and_value):
+    for method in (agent.act, agent.get_value, agent.get_dist, agent.get_action_and_value):
         method(observe(10))
     assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
 
@@ -257,9 +258,14 @@ def test_logprob_and_entropy_are_torchs(
     torch.testing.assert_close(sampled[1], logprobs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sampled[2], oracle.entropy(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sampled[3], agent.get_value(obs))
-    action, logprob = agent.get_action(obs)
+    # As in the rollout: a sample of each of the stored distributions, judged afterwards
+    dist = agent.get_dist(obs)
+    action = agent.sample(dist)
     expected = oracle.log_prob(flat(script, action))
-    torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(agent.log_prob(dist, action), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        agent.get_action_and_value(obs, action)[1], expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_gradients_of_logprob_and_entropy_are_torchs(
@@ -370,7 +376,7 @@ def test_samples_have_the_policys_frequencies(
     n = 1_000 if script.__name__ == "ppo_atari" else 20_000
     obs = observe(1).expand(n, *observe(1).shape[1:])
     with torch.no_grad():
-        samples = [agent.get_action_and_value(obs)[0], agent.get_action(obs)[0]]
+        samples = [agent.get_action_and_value(obs)[0], agent.sample(agent.get_dist(obs))]
         samples.append(agent.act(obs, deterministic=False))
     for actions in samples:
         counts = np.bincount(actions.numpy(), minlength=5)
@@ -389,7 +395,7 @@ def test_samples_have_the_policys_mean_and_std(agent: nn.Module, observe: Observ
     with torch.no_grad():
         agent.log_std.copy_(stds.log())
         action, logprob, entropy, _ = agent.get_action_and_value(observe(n))
-        samples = [action, agent.get_action(observe(n))[0]]
+        samples = [action, agent.sample(agent.get_dist(observe(n)))]
         samples.append(agent.act(observe(n), deterministic=False))
     for actions in samples:
         z = (actions.flatten(1) - means) / stds

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import ENV_IDS, SCRIPTS, column, metrics, read_csv, tiny
+from helpers import ENV_IDS, SCRIPTS, column, metrics, read_csv, spy, tiny
 from torch import Tensor
 
 import ppo
@@ -42,22 +42,6 @@ def saved_agent(script: ModuleType, folder: str) -> torch.nn.Module:
     return agent
 
 
-def spy(
-    monkeypatch: pytest.MonkeyPatch, script: ModuleType, name: str
-) -> list[tuple[tuple, dict, object]]:
-    """Replace a function of the script by one that also keeps its inputs and its result."""
-    real, calls = getattr(script, name), []
-
-    def watched(*args: object, **kwargs: object) -> object:
-        args = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
-        result = real(*args, **kwargs)
-        calls.append((args, kwargs, result))
-        return result
-
-    monkeypatch.setattr(script, name, watched)
-    return calls
-
-
 # ---- time limits and rows
 
 
@@ -83,11 +67,15 @@ class CountingCritic:
 
 
 @scripts
+@pytest.mark.parametrize("stagger", [False, True], ids=["", "stagger"])
 @pytest.mark.parametrize("num_steps", [1, 7, 40])
 def test_rows_are_transitions(
-    script: ModuleType, num_steps: int, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, num_steps: int, stagger: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No row crosses a reset, none is lost, and next_values belong to the final observation."""
+    """No row crosses a reset, none is lost, and next_values belong to the final observation.
+
+    Nor does a row cross a restart, and what follows the row before is valued without it.
+    """
     agent = type("CountingAgent", (CountingCritic, script.Agent), {})
     monkeypatch.setattr(script, "Agent", agent)
     calls = spy(monkeypatch, script, "compute_gae")
@@ -99,6 +87,7 @@ def test_rows_are_transitions(
         env_id=f"envs:Counter{box(script)}-v0",
         total_timesteps=iterations * num_envs * num_steps,
         recompute_advantages=False,
+        stagger=stagger,
         **(FAST | sizes),
     )
     folder = script.train(args)
@@ -110,9 +99,13 @@ def test_rows_are_transitions(
     assert torch.equal(values + 1, rewards)
     alive = terminations == 0
     assert torch.equal(next_values[alive], rewards[alive])
-    # Each episode starts where the one before has ended, also from one batch to the next.
-    fresh = 1000 * (values // 1000 + 1)
-    expected = torch.where(dones[:-1] > 0, fresh[:-1], rewards[:-1])
+    # Each episode starts where the one before has ended, also from one batch to the next, or
+    # where an environment is restarted: the second after one iteration, the third after two.
+    starts = (dones > 0).float()
+    for i in range(1, num_envs if stagger else 0):
+        starts[i * num_steps - 1, i] += 1
+    fresh = 1000 * (values // 1000 + starts)
+    expected = torch.where(starts[:-1] > 0, fresh[:-1], rewards[:-1])
     assert torch.equal(values[1:], expected)
     assert torch.equal(values[0], torch.full((num_envs,), 1000.0))
     # All four kinds of rows have occurred, a step with both endings counts as terminated.
@@ -126,7 +119,7 @@ def test_rows_are_transitions(
 def test_episodes_csv_holds_the_true_returns(script: ModuleType) -> None:
     """7 steps of reward 100 are 700, however rewards are scaled for learning."""
     env_id = f"envs:Hundred{box(script)}-v0"
-    args = tiny(script, env_id=env_id, norm_reward=True, eval_episodes=3)
+    args = tiny(script, env_id=env_id, norm_reward=True, stagger=False, eval_episodes=3)
     folder = script.train(args)
     rows = read_csv(f"{folder}/episodes.csv")
     assert len(rows) == args.num_envs * (128 // 7)
@@ -283,9 +276,9 @@ def test_actions_are_stretched_and_clipped_to_their_bounds(
     sampled: list[Tensor] = []
 
     class WatchedAgent(ppo_continuous.Agent):
-        def get_action(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-            sampled.append((result := super().get_action(obs))[0])
-            return result
+        def sample(self, dist: Tensor) -> Tensor:
+            sampled.append(super().sample(dist))
+            return sampled[-1]
 
         def get_action_and_value(
             self, obs: Tensor, action: Tensor | None = None
