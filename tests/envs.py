@@ -68,6 +68,23 @@ class Counter(gym.Env):
         return np.array([self.count], np.float32), float(self.count), terminated, truncated, {}
 
 
+class Timer(gym.Env):
+    """Observes how many steps its episode has had; a step pays the count it arrives at."""
+
+    def __init__(self, continuous: bool = False, render_mode: str | None = None) -> None:
+        self.observation_space = spaces.Box(0, np.inf, (1,), np.float32)
+        self.action_space = one_dimensional(continuous)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Action) -> Step:
+        self.count += 1
+        return np.array([self.count], np.float32), float(self.count), False, False, {}
+
+
 class Identity(gym.Env):
     """Pays 1 for the action that the one-hot observation names."""
 
@@ -249,6 +266,8 @@ register("Once", Constant, length=1, terminates=True)
 register("OnceBox", Constant, length=1, terminates=True, continuous=True)
 register("Counter", Counter)
 register("CounterBox", Counter, continuous=True)
+register("Timer", Timer, limit=11)
+register("TimerBox", Timer, limit=11, continuous=True)
 for coded in ("box", "float64", "matrix", "discrete", "multidiscrete", "tuple", "dict"):
     register(f"Identity-{coded}", Identity, limit=10, coded=coded)
 register("Identity-from1", Identity, limit=10, start=1)

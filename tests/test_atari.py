@@ -168,6 +168,70 @@ def test_games_shorter_than_the_no_ops_of_the_next_are_told_apart(limit: Limit) 
             assert np.all(infos.get("_episode", False)) == (step % 2 == 0), f"step {step}"
 
 
+# ---- restarts
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "ALE/SpaceInvaders-v5"])
+def test_a_restarted_game_leaves_the_others_alone(env_id: str, limit: Limit) -> None:
+    """Their frames, scores and lengths go on; the broken off game is no episode."""
+    limit(max_num_frames_per_episode=320, num_threads=1)
+    game = gym.spec(env_id).kwargs["game"]
+    envs, raw = make(env_id, 3), plain(game, 3, max_num_frames_per_episode=320)
+    obs, infos = envs.reset(seed=3)
+    raw.reset(seed=3)
+    lives = infos["lives"][0]
+    expected, recorded, restarts = [], [], 0
+    score, length = np.zeros(3), np.zeros(3, dtype=int)
+    with closing(envs), closing(raw):
+        for t, actions in enumerate(random_actions(envs, 300)):
+            if t and t % 40 == 0:  # in the middle of a game, or where the limit has just ended it
+                restarted = np.arange(3) == t // 40 % 3
+                again, infos = envs.reset(options={"reset_mask": restarted.copy()})
+                raw.reset(options={"reset_mask": restarted.copy()})
+                np.testing.assert_array_equal(again[~restarted], obs[~restarted])
+                assert not again[restarted, :3].any() and again[restarted, 3].any()
+                assert infos["lives"][restarted] == lives
+                restarts += bool(length[restarted] > 0)
+                score[restarted] = length[restarted] = 0
+                np.testing.assert_array_equal(envs.episode_returns, score)
+                np.testing.assert_array_equal(envs.episode_lengths, length)
+            raw_obs, raw_rewards, over, cut, _ = raw.step(actions)
+            obs, _, _, truncations, infos = envs.step(actions)
+            np.testing.assert_array_equal(obs, raw_obs)
+            np.testing.assert_array_equal(truncations, cut)
+            score, length = score + raw_rewards, length + 1
+            for i in np.flatnonzero(over | cut):
+                expected.append((t, i, score[i], length[i]))
+                score[i] = length[i] = 0
+            for i in np.flatnonzero(infos.get("_episode", ())):
+                recorded.append((t, i, infos["episode"]["r"][i], infos["episode"]["l"][i]))
+            np.testing.assert_array_equal(envs.episode_returns, score)
+            np.testing.assert_array_equal(envs.episode_lengths, length)
+    assert recorded == expected
+    assert restarts >= 5 and len(expected) >= 5 and max(row[2] for row in expected) > 0
+
+
+def test_stagger_restarts_games_one_by_one(limit: Limit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Games of 10 steps; the second is restarted after 16 steps, the third after 32."""
+    limit(num_threads=1, max_num_frames_per_episode=40)
+    real, calls = ppo_atari.estimate_values, []
+
+    def watched(agent: nn.Module, obs: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(obs)
+        return real(agent, obs, *tensors)
+
+    monkeypatch.setattr(ppo_atari, "estimate_values", watched)
+    folder = ppo_atari.train(tiny(stagger=True, num_envs=3, total_timesteps=192))
+    rows = read_csv(Path(folder, "episodes.csv"))
+    assert {row["episodic_length"] for row in rows} == {"10"}
+    ends = [10, 20, 30, 40, 50, 60] + [10, 26, 36, 46, 56] + [10, 20, 30, 42, 52, 62]
+    assert [int(row["global_step"]) for row in rows] == [3 * t for t in sorted(ends)]
+    # A game's first observation has an empty stack below its only frame.
+    begins = (torch.cat(calls)[:, :, :3] == 0).flatten(2).all(dim=2)
+    starts = [[*range(0, 64, 10)], [0, 10, *range(16, 64, 10)], [0, 10, 20, 30, *range(32, 64, 10)]]
+    assert [begins[:, i].nonzero().flatten().tolist() for i in range(3)] == starts
+
+
 # ---- frame limit
 
 
