@@ -53,7 +53,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed as distributed
 import tyro
 from torch import Tensor, nn
 
@@ -171,19 +171,21 @@ class Args:
             refuse(name, not 0 <= number < math.inf, "must be a finite number, not negative")
             refuse(name, name in counts and value < 1, "must be at least 1")
             refuse(name, name in fractions and value > 1, "must be at most 1")
-        for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_target"):
+        for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
             refuse(name, getattr(self, name) == 0, "must be greater than 0")
         batch = f"the batch of --num-envs x --num-steps = {self.batch_size} rows"
         processes = os.environ.get("WORLD_SIZE", "1")
         if not processes.isdecimal() or int(processes) == 0:
             raise ValueError(f"WORLD_SIZE {processes}: must be a whole number; torchrun sets it")
         processes = int(processes)
+        each = f" / {processes} processes" if processes > 1 else ""
         refuse("seed", self.seed > 2_000_000_000, "must be at most 2,000,000,000")
         refuse("total_timesteps", self.num_iterations < 1, f"is less than {batch}; raise it")
-        refuse("num_minibatches", self.batch_size % self.num_minibatches, f"must divide {batch}")
+        parts = self.num_minibatches * processes
+        refuse("num_minibatches", self.batch_size % parts, f"must divide {batch}{each}")
         refuse("num_minibatches", self.minibatch_size < 2 * processes, f"is too much for {batch}")
         refuse("num_envs", self.num_envs % processes, f"must divide among {processes} processes")
-        for name, used, needs in (  # no flag is taken and then ignored
+        for name, used, needs in (  # flag, is it used, by what; none is taken and then ignored
             ("kl_coef", self.surrogate.startswith("kl"), "--surrogate kl-fixed or kl-adaptive"),
             ("kl_target", self.surrogate == "kl-adaptive", "--surrogate kl-adaptive"),
             ("clip_coef", self.surrogate == "clip" or self.clip_vloss, "--surrogate clip"),
@@ -192,9 +194,10 @@ class Args:
             ("wandb_entity", self.track, "--track"),
         ):
             given = getattr(self, name) != getattr(Args, name)
-            refuse(name, given and not used, f"has no effect without {needs}")
+            refuse(name, given and not used and not self.resume, f"has no effect without {needs}")
         refuse("cuda", self.cuda and not torch.cuda.is_available(), "no such device; try --no-cuda")
-        refuse("track", self.track and not importlib.util.find_spec("wandb"), "pip install wandb")
+        tracks = self.track and not self.evaluate
+        refuse("track", tracks and not importlib.util.find_spec("wandb"), "pip install wandb")
         refuse("evaluate", self.evaluate and self.resume, "does not go with --resume")
         refuse("eval_episodes", self.evaluate and not self.eval_episodes, "must be at least 1")
 
@@ -219,7 +222,7 @@ def env_errors(env_id: str) -> Iterator[None]:
 
 
 class SyncEnvs(gym.vector.SyncVectorEnv):
-    """gymnasium's, but a reset leaves the caller's options whole: wrappers read reset_mask too."""
+    """gymnasium's, but a reset leaves the caller's reset_mask in place: wrappers read it too."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         return super().reset(seed=seed, options=options and dict(options))
@@ -280,9 +283,9 @@ class ScaleAction(gym.vector.VectorActionWrapper):
 # >>> shared: statistics
 def all_mean(x: Tensor) -> Tensor:
     """Average x in place over all processes of torchrun; a single process leaves it as it is."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
+    if distributed.is_initialized():
+        distributed.all_reduce(x)
+        x /= distributed.get_world_size()
     return x
 
 
@@ -311,7 +314,7 @@ class RunningMeanStd(nn.Module):
     def update(self, x: Tensor) -> None:
         """Take in x, (rows, *shape): the pairwise formula of Chan, Golub & LeVeque 1979."""
         mean, var = all_moments(x.double())
-        share = 1 / (1 + self.count / len(x))  # of the new rows in all rows
+        share = len(x) / (self.count + len(x))  # of the new rows in all rows
         self.var.lerp_(var, share).add_(share * (1 - share) * (mean - self.mean) ** 2)
         self.mean.lerp_(mean, share)
         self.count += len(x)
@@ -542,7 +545,7 @@ def estimate_values(
 
 def average_gradients(agent: Agent) -> None:
     """Average the gradients over all processes of torchrun, in one collective call."""
-    if dist.is_initialized():
+    if distributed.is_initialized():
         gradients = [parameter.grad for parameter in agent.parameters()]
         mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(
@@ -564,7 +567,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    envs = make_envs(args, args.num_envs // world_size, video_folder(args))
+    envs = make_envs(args, args.num_envs // world_size, None if rank else video_folder(args))
     stack.callback(envs.close)
     agent = Agent(envs).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
@@ -591,10 +594,11 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         progress = (iteration - 1) / args.num_iterations if args.anneal_lr else 0.0
         learning_rate = args.learning_rate * (1 - progress * (1 - args.final_lr_fraction))
         optimizer.param_groups[0]["lr"] = learning_rate
+        metrics = {"charts/learning_rate": learning_rate, "losses/kl_coef": run.kl_coef}
 
         # ---- Phase 2: rollout (detail 1)
-        # Environments that begin together fill each batch with one stage of their episodes.
-        # Restarting one an iteration, each once, spreads them out.
+        # Environments that begin together fill each batch with one stage of their episodes. To
+        # spread them out, environment i restarts once, before the i-th iteration after the first.
         if args.stagger and 0 < (i := iteration - first) < N:
             next_obs, _ = envs.reset(options={"reset_mask": np.arange(N) == i})
             next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
@@ -608,8 +612,9 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             # Fetching the actions is the rollout's only wait for a GPU.
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
             next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
-            truncated = truncated & ~terminated
+            truncated = truncated & ~terminated  # where both are set, it has ended for good
             outcomes.append((reward, terminated, truncated))
+            # next_obs begins a new episode there; V(s_{t+1}) needs what the old one led to.
             final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated)]
             for i in np.flatnonzero(infos["_episode"]) if "_episode" in infos else ():
                 step = run.global_step + (t + 1) * args.num_envs
@@ -617,7 +622,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         run.global_step += args.batch_size
         # (T, N, ...) each, and (K, ...) of the K rows that a time limit ended
         obs, actions, old_dist = map(torch.stack, zip(*steps, strict=True))
-        outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
+        outcomes = np.array(outcomes)  # (T, 3, N)
+        outcomes = torch.as_tensor(outcomes, dtype=torch.float32, device=device)
         rewards, terminations, truncations = outcomes.unbind(dim=1)
         dones = terminations + truncations
         final_obs = np.array(final_obs).reshape(-1, *obs.shape[2:])
@@ -635,7 +641,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             batch["logprobs"] = agent.log_prob(batch["dist"], batch["actions"])
         minibatches, kl_coef = [], torch.tensor(run.kl_coef, device=device)
         for epoch in range(args.update_epochs):
-            # ---- Phase 3: advantages
+            # ---- Phase 3: advantages, once or anew before each epoch
             if epoch == 0 or args.recompute_advantages:
                 states = (obs, next_obs, truncations, final_obs)
                 values, next_values = estimate_values(agent, *states)
@@ -660,12 +666,12 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             if args.target_kl is not None and all_mean(torch.stack(kls).mean()) > args.target_kl:
                 break
         if args.surrogate == "kl-adaptive":  # [PPO] section 4
-            kl = all_mean(agent.kl(batch["dist"], agent.get_dist(batch["obs"])).detach().mean())
+            with torch.no_grad():
+                kl = all_mean(agent.kl(batch["dist"], agent.get_dist(batch["obs"])).mean())
             run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
             run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
 
         # ---- Phase 5: record, means over all minibatches (detail 12)
-        metrics = {"charts/learning_rate": learning_rate}
         for name in minibatches[0]:
             mean = torch.stack([stats[name] for stats in minibatches]).mean()
             metrics[f"losses/{name}"] = mean.item()
@@ -712,15 +718,15 @@ class Run:
         for name, module in modules.items() if saved else ():
             load_state(module, saved[name])
         vars(self).update(saved.get("progress", {}))
-        self.began, self.resumed = time.time() - self.wall_time, time.time()
-        self.first_step = self.global_step
+        self.began = time.time() - self.wall_time  # as if there had been no break
         # Seeds of their own for other processes and for the environments of a resumed run
         self.rank = int(os.environ.get("RANK", 0))
         sequence = np.random.SeedSequence((args.seed, self.rank, self.iteration))
         self.seed = int(sequence.generate_state(1)[0]) >> 2  # fits a C int, with some to add
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # only the main thread may
-                stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
+                previous = signal.signal(number, self.on_signal)
+                stack.callback(signal.signal, number, previous)  # put back in the end
         if self.rank:
             torch.manual_seed(self.seed)
             return
@@ -743,6 +749,7 @@ class Run:
             write(self.folder / "script.py", Path(__file__).read_bytes())
         except OSError as error:
             raise ValueError(f"--run-dir {self.folder}: cannot be written. {error}") from error
+        stack.push(self.on_exit)
         if args.track:
             import wandb
 
@@ -751,7 +758,6 @@ class Run:
             self.wandb = wandb.init(**names, config=config, resume="allow")
             self.wandb.define_metric("*", step_metric="global_step")
             self.wandb.save(self.folder / "script.py", base_path=self.folder, policy="now")
-        stack.push(self.on_exit)
         steps = f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps"
         rows = f"{args.batch_size:,} rows = {args.num_envs} envs x {args.num_steps} steps"
         updates = args.update_epochs * args.num_minibatches
@@ -791,15 +797,15 @@ class Run:
             return
         args, now, done = self.args, time.time(), self.iteration / self.args.num_iterations
         self.wall_time = now - self.began
-        self.sps = (self.global_step - self.first_step) / (now - self.resumed)
+        self.sps = self.global_step / self.wall_time
         mean_return, mean_length = np.mean(self.episodes or [(np.nan, np.nan)], axis=0).tolist()
         spec = gym.registry.get(args.env_id.split(":")[-1])
         threshold = spec.reward_threshold if spec and spec.reward_threshold else math.inf
         if self.solved_at_step is None and len(self.episodes) == 100 and mean_return >= threshold:
             self.solved_at_step = self.global_step
-        row = metrics | {"global_step": self.global_step, "losses/kl_coef": self.kl_coef}
+        row = metrics | {"global_step": self.global_step, "charts/SPS": round(self.sps)}
         row |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-        row |= {"charts/SPS": round(self.sps), "wall_time": round(self.wall_time, 3)}
+        row |= {"wall_time": round(self.wall_time, 3)}
         print(*(row[name] for name in METRICS), sep=",", file=self.files["metrics.csv"])
         for file in self.files.values():
             file.flush()
@@ -814,7 +820,8 @@ class Run:
                 print(f"wandb is gone, training goes on: {error}", file=sys.stderr)
         if now >= self.next_save or last:
             self.save()
-            self.next_save = time.time() + 100 * (time.time() - now)  # 1% of the time
+            cost = time.time() - now
+            self.next_save = time.time() + 100 * cost  # so it takes 1% of the time
         if now >= self.next_line or last:
             terminal = sys.stdout.isatty()
             self.next_line = now + (1 if terminal else 10)
@@ -891,9 +898,9 @@ def load_state(module: Any, state: dict[str, Any]) -> None:
 
 
 def resumed_args(args: Args, unset: Args) -> Args:
-    """The checkpoint's arguments with what `args` may change; `unset` is `args` with none given."""
-    saved = load_checkpoint(args.resume or args.evaluate)["args"]
-    free = {"resume", "evaluate", "cuda", "torch_threads"}
+    """The checkpoint's arguments with what `args` may change: what differs from `unset`."""
+    saved = vars(Args(**load_checkpoint(args.resume or args.evaluate)["args"]))
+    free = {"resume", "evaluate", "cuda", "torch_threads", "track"}
     free |= {"total_timesteps"} if args.resume else {"eval_episodes", "seed", "capture_video"}
     given = {name: value for name, value in vars(args).items() if value != getattr(unset, name)}
     for name, value in given.items():
@@ -901,7 +908,7 @@ def resumed_args(args: Args, unset: Args) -> Args:
         if value != saved[name] and (name not in free or shrinks):
             flag = f"--{name.replace('_', '-')} {value}"
             raise ValueError(f"{flag}: contradicts the run's {saved[name]}; leave it out")
-    return replace(Args(**saved), **{"resume": args.resume, "evaluate": args.evaluate} | given)
+    return replace(Args(**saved), **given)
 
 
 @torch.no_grad()
@@ -933,21 +940,24 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
     return dict(zip(EVALUATION, numbers, strict=True)) | episodes
 
 
-def train(args: Args) -> str:
+def train(args: Args, unset: Args | None = None) -> str:
     """Train, evaluate, write summary.json; returns the run folder.
 
     Raises ValueError where `args` cannot be run, RuntimeError where training fails (it names the
     step), SystemExit after Ctrl-C (130) or SIGTERM (143), when everything is saved.
     """
-    args = resumed_args(args, unset=Args()) if args.resume else args
+    args = resumed_args(args, unset or Args()) if args.resume else args
     args.check()
     args = replace(args, run_dir=str(folder_of(args)))
     with contextlib.ExitStack() as stack:
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if args.cuda else "gloo")
-            stack.callback(dist.destroy_process_group)
+            if args.cuda:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            distributed.init_process_group("nccl" if args.cuda else "gloo")
+            stack.callback(distributed.destroy_process_group)
         agent, run = ppo(args, stack)
-        if run.rank == 0 and not run.signal:
+        stopped = run.signal
+        if run.rank == 0 and not stopped:
             result = evaluate(agent, args)
             returns = [episodic_return for episodic_return, _ in run.episodes]
             summary = {"global_step": run.global_step, "wall_time": run.wall_time, "SPS": run.sps}
@@ -957,17 +967,19 @@ def train(args: Args) -> str:
             write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
             print(*(f"{name}={value}" for name, value in summary.items()))
             print(f"files in {run.folder}", flush=True)
-        if dist.is_initialized():
-            dist.barrier()  # leave together
-        if run.signal:
+        if distributed.is_initialized():
+            distributed.barrier()  # leave together
+        if stopped:
             print(f"stopped; go on with --resume {run.folder}\n" * (run.rank == 0), end="")
-            raise SystemExit(128 + run.signal)
+            raise SystemExit(128 + stopped)
     return str(run.folder)
 
 
-def evaluate_checkpoint(args: Args) -> None:
+def evaluate_checkpoint(args: Args, unset: Args) -> None:
     """--evaluate: write evaluation.json into the run folder and print the mean."""
+    args = resumed_args(args, unset)
     args.check()
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     args = replace(args, run_dir=str(folder_of(args)))
     with contextlib.closing(make_envs(args, 1)) as envs:
         agent = Agent(envs)
@@ -980,17 +992,17 @@ def evaluate_checkpoint(args: Args) -> None:
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit code 2."""
     try:
-        args = tyro.cli(Args)
+        args = unset = tyro.cli(Args)
         if path := args.resume or args.evaluate:
             unset = Args(**load_checkpoint(path)["args"])
-            args = resumed_args(tyro.cli(Args, default=unset), unset)
-        evaluate_checkpoint(args) if args.evaluate else train(args)
+            args = tyro.cli(Args, default=unset)
+        evaluate_checkpoint(args, unset) if args.evaluate else train(args, unset)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not isinstance(error.__cause__, (FloatingPointError, OSError)):
-            traceback.print_exception(error.__cause__)
+            traceback.print_exception(error.__cause__ or error)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
