@@ -517,9 +517,8 @@ def average_gradients(agent: Agent) -> None:
     if distributed.is_initialized():
         gradients = [parameter.grad for parameter in agent.parameters()]
         mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(
-            gradients, mean.split([g.numel() for g in gradients]), strict=True
-        ):
+        parts = mean.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))  # in place: Adam relies on the memory format
 
 

@@ -78,6 +78,7 @@ TABLE = [
     Bad("--target-kl inf"),
     Bad("--surrogate kl-fixed --kl-coef -1", "--kl-coef -1"),
     Bad("--surrogate kl-fixed --kl-coef nan", "--kl-coef nan"),
+    Bad("--surrogate kl-adaptive --kl-coef 0", "--kl-coef 0"),
     Bad("--surrogate kl-adaptive --kl-target 0", "--kl-target 0"),
     Bad("--surrogate kl-adaptive --kl-target -0.01", "--kl-target -0.01"),
     Bad("--seed -1"),
@@ -175,6 +176,11 @@ TABLE = [
         "--num-envs 8 --num-steps 8 --num-minibatches 8",
         "--num-minibatches 8",
         {"WORLD_SIZE": "8", "RANK": "0"},
+    ),
+    Bad(
+        "--num-envs 2 --num-steps 15 --num-minibatches 2",  # 15 rows a process
+        "--num-minibatches 2",
+        {"WORLD_SIZE": "2", "RANK": "0"},
     ),
     Bad("", "RANK", {"WORLD_SIZE": "2"}),
     Bad("", "WORLD_SIZE", {"WORLD_SIZE": "many"}),

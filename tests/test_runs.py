@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted, resumed, evaluated, filmed, tracked; faults of all kinds."""
 
+import contextlib
 import json
 import os
 import random
@@ -527,6 +528,92 @@ def test_films_reach_wandb(tmp_path: Path) -> None:
     (sent,) = (tmp_path / "run" / "wandb").glob("offline-run-*/files")
     assert films
     assert {path.relative_to(sent) for path in sent.rglob("*.mp4")} == films
+
+
+# ---- found by reading
+
+
+@scripts
+def test_a_flag_given_as_its_default_is_heeded_on_resuming(
+    script: ModuleType, run_main: Main
+) -> None:
+    """Also in evaluation. It differs from the checkpoint's, though not from the script's own."""
+    default = script.Args().torch_threads
+    folder = Path(script.train(tiny(script, torch_threads=2)))
+    run_main(script, "--resume", folder, "--torch-threads", default, "--total-timesteps", 576)
+    assert json.loads((folder / "config.json").read_text())["torch_threads"] == default
+    assert len(metrics(folder)) == 9
+    torch.set_num_threads(2)
+    run_main(script, "--evaluate", folder, "--torch-threads", default, "--eval-episodes", 1)
+    assert torch.get_num_threads() == default
+
+
+@scripts
+def test_a_tracked_run_without_wandb(
+    script: ModuleType, tracker: Tracker, run_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = script.train(tiny(script, track=True, wandb_project_name="p"))
+    monkeypatch.delitem(sys.modules, "wandb")
+    real = script.importlib.util.find_spec
+    monkeypatch.setattr(
+        script.importlib.util, "find_spec", lambda name: real(name) if name != "wandb" else None
+    )
+    assert "eval_return_mean=" in run_main(script, "--evaluate", folder, "--eval-episodes", 1)
+    run_main(script, "--resume", folder, "--no-track", "--total-timesteps", 576)
+    assert len(metrics(folder)) == 9
+
+
+@scripts
+def test_a_failure_outside_the_loop_shows_where(
+    script: ModuleType,
+    run_main: Main,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def no_memory(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(script, "Agent", no_memory)
+    with pytest.raises(SystemExit, match="1"):
+        run_main(script, *flags(script))
+    err = capsys.readouterr().err
+    assert "in no_memory" in err and err.endswith("error: out of memory\n")
+
+
+@scripts
+def test_a_signal_during_the_evaluation_does_not_unmake_the_run(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = script.evaluate
+
+    def interrupted(*args: object) -> dict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(script, "evaluate", interrupted)
+    folder = Path(script.train(tiny(script)))
+    assert (folder / "summary.json").exists()
+    assert "stopped" not in capsys.readouterr().out
+
+
+@scripts
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_films(
+    script: ModuleType, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def make_envs(args: object, num_envs: int, videos: Path | None = None) -> None:
+        raise Asked(num_envs, videos)
+
+    monkeypatch.setattr(script, "make_envs", make_envs)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with contextlib.ExitStack() as stack, pytest.raises(Asked) as asked:
+        script.ppo(tiny(script, capture_video=True), stack)
+    num_envs, folder = asked.value.args
+    assert num_envs == 2 and (folder is None) == (rank == 1)
 
 
 # ---- videos

@@ -166,7 +166,7 @@ def test_a_single_process_has_its_own_mean(script: ModuleType) -> None:
 
 def test_mean_over_processes(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = Threads(3)
-    monkeypatch.setattr(script, "dist", threads)
+    monkeypatch.setattr(script, "distributed", threads)
     x = torch.randn(3, 5)
     parts = x.clone()
     means = threads.run(lambda rank: script.all_mean(parts[rank]))
@@ -203,7 +203,7 @@ def test_processes_together_know_what_one_would(
         return *script.all_moments(x[rank, 0]), own, stats
 
     threads = Threads(2)
-    monkeypatch.setattr(script, "dist", threads)
+    monkeypatch.setattr(script, "distributed", threads)
     first = x[:, 0].flatten(0, 1).numpy()
     for rank, (mean, var, own, stats) in enumerate(threads.run(process)):
         np.testing.assert_allclose(mean.numpy(), first.mean(axis=0))
@@ -226,7 +226,7 @@ def test_processes_average_their_gradients(
     script.average_gradients(agent)  # alone: nothing happens
     assert all(torch.equal(p.grad, x) for p, x in zip(agent.parameters(), before, strict=True))
     threads = Threads(2)
-    monkeypatch.setattr(script, "dist", threads)
+    monkeypatch.setattr(script, "distributed", threads)
     threads.run(lambda rank: script.average_gradients(agents[rank]))
     for process in agents:
         torch.testing.assert_close([p.grad for p in process.parameters()], expected)

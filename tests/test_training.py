@@ -386,11 +386,12 @@ def test_adaptive_beta_follows_the_kl_of_the_whole_batch(
         learning_rate=3e-3,
         anneal_lr=False,
     )
-    betas = [1.0, *column(script.train(args), "losses/kl_coef")]
-    assert len(measured) == 40
+    betas = column(script.train(args), "losses/kl_coef")
+    assert betas[0] == 1.0
+    assert len(measured) == len(betas) == 40
     factors = [0.5 if d < target / 1.5 else 2.0 if d > 1.5 * target else 1.0 for d in measured]
     assert len(set(factors)) > 1
-    assert [b / a for a, b in itertools.pairwise(betas)] == factors
+    assert [b / a for a, b in itertools.pairwise(betas)] == factors[:-1]
 
 
 @scripts
