@@ -638,7 +638,7 @@ def test_catch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ppo_atari.train(tiny(eval_episodes=100, **settings))
     returns = column(folder, "charts/episodic_return")
     assert returns[0] < 0
-    assert json.loads(Path(folder, "summary.json").read_text())["eval_return_mean"] > 0.9
+    assert json.loads(Path(folder, "summary.json").read_text())["eval_return_mean"] > 0.8
 
 
 # ---- bad input
