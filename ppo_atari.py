@@ -222,6 +222,9 @@ def env_errors(env_id: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(f"{error}".split()) or repr(error)
+        if not isinstance(error, (ValueError, ImportError, gym.error.Error)):
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            reason += f" ({type(error).__name__}, {at.filename}:{at.lineno})"
         raise ValueError(f"--env-id {env_id}: {reason}") from error
 
 
@@ -670,6 +673,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 )
                 batch |= {"advantages": advantages.flatten(), "returns": returns.flatten()}
                 batch["values"] = values.flatten()
+            if epoch == 0:  # how much of the returns the critic foresaw, before it learns them
+                explained = 1 - (returns - values).var() / returns.var()
             # ---- Phase 4: update (details 6, 11)
             for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
                 mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
@@ -696,7 +701,6 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             mean = torch.stack([stats[name] for stats in minibatches]).mean()
             metrics[f"losses/{name}"] = mean.item()
         check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
-        explained = 1 - (returns - values).var() / returns.var()
         metrics["losses/explained_variance"] = explained.item()
         if args.norm_obs:
             agent.obs_stats.update(batch["obs"])
@@ -759,14 +763,21 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, columns in (("metrics.csv", METRICS), ("episodes.csv", EPISODES)):
-                file = self.files[name] = open(self.folder / name, "a" if saved else "x")
+                file = stack.enter_context(open(self.folder / name, "a+" if saved else "x"))
+                self.files[name] = file
                 if file.tell() < saved.get(name, 0):
                     raise OSError(f"{name} is shorter than the checkpoint says")
+                file.seek(0)
+                if saved and file.readline().strip() != ",".join(columns):
+                    raise OSError(f"{name} has other columns than this script writes")
                 file.truncate(saved.get(name, 0))  # rows after the checkpoint are trained again
                 file.seek(0, os.SEEK_END)
                 file.write("" if saved else ",".join(columns) + "\n")
             write(self.folder / "config.json", json.dumps(config, indent=2).encode())
-            write(self.folder / "script.py", Path(__file__).read_bytes())
+            script, own = self.folder / "script.py", Path(__file__).read_bytes()
+            if script.exists() and script.read_bytes() != own:  # resumed with a changed one
+                script = script.with_name(f"script-from-{self.iteration + 1}.py")
+            write(script, own)
         except OSError as error:
             raise ValueError(f"--run-dir {self.folder}: cannot be written. {error}") from error
         stack.push(self.on_exit)
@@ -777,14 +788,16 @@ class Run:
             names |= {"id": self.wandb_id, "name": self.folder.name, "dir": self.folder}
             self.wandb = wandb.init(**names, config=config, resume="allow")
             self.wandb.define_metric("*", step_metric="global_step")
-            self.wandb.save(self.folder / "script.py", base_path=self.folder, policy="now")
+            self.wandb.save(script, base_path=self.folder, policy="now")
         steps = f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps"
         rows = f"{args.batch_size:,} rows = {args.num_envs} envs x {args.num_steps} steps"
         updates = args.update_epochs * args.num_minibatches
+        device = "cuda" if args.cuda else "cpu"
+        done = f" ({self.iteration:,} of them done)" if saved else ""
         minibatches = f"{args.num_minibatches} minibatches of {args.minibatch_size}"
         print(
             f"{args.env_id}, seed {args.seed}, files in {self.folder}",
-            f"{args.num_iterations:,} iterations, {steps}; device {'cuda' if args.cuda else 'cpu'}",
+            f"{args.num_iterations:,} iterations{done}, {steps}; device {device}",
             f"each: {rows}, {updates} updates = {args.update_epochs} epochs x {minibatches}",
             sep="\n",
             flush=True,
@@ -905,6 +918,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         Args(**checkpoint["args"])
     except Exception as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
+        own = file.with_name("script.py")
+        reason += f" The run's own script is {own}." if own.exists() else ""
         raise ValueError(f"{file}: is no checkpoint for this script. {reason}") from error
     return checkpoint
 
@@ -943,7 +958,8 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
         return dict.fromkeys(EVALUATION) | {"eval_episodes": 0}
     envs = make_envs(args, n, videos)
     returns, lengths, playing = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
-    with torch.random.fork_rng([device] if args.cuda else []), contextlib.closing(envs):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), contextlib.closing(envs):
         torch.manual_seed(args.seed)
         obs, _ = envs.reset(seed=args.seed + 1_000_000)
         while playing.any() and lengths.max() < 27_000:
@@ -956,6 +972,8 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
             playing &= ~ended
     numbers = (float(returns.mean()), float(returns.std()), n)
     cut = (lengths >= 27_000).tolist()
+    if any(cut):
+        print(f"{sum(cut)} of {n} evaluation episodes were cut at 27,000 steps", file=sys.stderr)
     episodes = {"returns": returns.tolist(), "lengths": lengths.tolist(), "cut": cut}
     return dict(zip(EVALUATION, numbers, strict=True)) | episodes
 
@@ -1023,7 +1041,7 @@ def main() -> None:
     except RuntimeError as error:
         if not isinstance(error.__cause__, (FloatingPointError, OSError)):
             traceback.print_exception(error.__cause__ or error)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error) or repr(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -279,6 +279,7 @@ for way in ("obs", "reward", "infinite", "step", "init", "reset", "slow"):
     register(f"Bad-{way}", Bad, way=way)
     register(f"BadBox-{way}", Bad, way=way, continuous=True)
 register("Plain", Plain, limit=10)
+register("Endless", Constant, length=10**9)
 for acts in Spaces.actions:
     register(f"Acts-{acts}", Spaces, acts=acts)
 for observes in Spaces.observations:

@@ -185,6 +185,8 @@ TABLE = [
     Bad("", "RANK", {"WORLD_SIZE": "2"}),
     Bad("", "WORLD_SIZE", {"WORLD_SIZE": "many"}),
     Bad("", "WORLD_SIZE", {"WORLD_SIZE": "0"}),
+    Bad("--env-id envs:Constant-v0 --capture-video", "envs:Constant-v0 --capture-video rgb_array"),
+    Bad("--env-id envs:Plain-v0 --capture-video", "envs:Plain-v0 --capture-video rgb_array"),
 ]
 # What stands before a command line that names no environment and no checkpoint.
 BASE = {

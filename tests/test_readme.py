@@ -287,12 +287,14 @@ def test_python_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ppo = importlib.import_module("ppo")
     folder = ppo.train(ppo.Args(env_id="CartPole-v1", run_dir="run", **TINY))
     namespace: dict[str, object] = {}
+    write_my_envs(tmp_path, monkeypatch)
     blocks = [text for kind, text in CODE if kind == "python" and "class Corridor" not in text]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for text in blocks:
         text = text.replace("runs/FOLDER", folder).replace("50_000", "512")
         exec(text.replace("100_000", "768"), namespace)
-    lines = blocks[0].strip().splitlines()[2:]
+    (loading,) = (text for text in blocks if "load_checkpoint" in text)
+    lines = loading.strip().splitlines()[2:]
     assert len(lines) == 5, "loading an agent takes five lines"
     assert Path("returns.png").stat().st_size > 1000
     rows = Path(namespace["folder"], "metrics.csv").read_text().splitlines()

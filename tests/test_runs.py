@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from importlib import machinery
@@ -594,6 +595,81 @@ def test_a_signal_during_the_evaluation_does_not_unmake_the_run(
     folder = Path(script.train(tiny(script)))
     assert (folder / "summary.json").exists()
     assert "stopped" not in capsys.readouterr().out
+
+
+@scripts
+def test_an_agent_saved_on_a_gpu_is_evaluated_on_a_cpu(script: ModuleType) -> None:
+    """Its arguments say cuda; the random numbers to keep are those of the agent's device."""
+    args = tiny(script, cuda=True, eval_episodes=2)
+    with contextlib.closing(script.make_envs(args, 1)) as envs:
+        result = script.evaluate(script.Agent(envs), args)
+    assert len(result["returns"]) == 2
+
+
+def test_cut_evaluation_episodes_are_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    args = tiny(ppo, env_id="envs:Endless-v0", eval_episodes=2)
+    with contextlib.closing(ppo.make_envs(args, 1)) as envs:
+        result = ppo.evaluate(ppo.Agent(envs), args)
+    assert result["cut"] == [True, True] and result["lengths"] == [27_000] * 2
+    assert capsys.readouterr().err == "2 of 2 evaluation episodes were cut at 27,000 steps\n"
+
+
+@scripts
+def test_other_columns_are_not_mixed(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(script.train(tiny(script)))
+    before = (folder / "metrics.csv").read_bytes()
+    monkeypatch.setattr(script, "METRICS", [*script.METRICS, "losses/mine"])
+    with pytest.raises(ValueError, match="metrics.csv has other columns"):
+        script.train(script.Args(resume=str(folder), total_timesteps=576))
+    assert (folder / "metrics.csv").read_bytes() == before
+
+
+@scripts
+def test_a_changed_script_does_not_replace_the_one_that_began(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(script.train(tiny(script)))
+    original = Path(script.__file__).read_text()
+    changed = tmp_path / "changed.py"
+    changed.write_text(original + "# mine\n")
+    monkeypatch.setattr(script, "__file__", str(changed))
+    script.train(script.Args(resume=str(folder), total_timesteps=576))
+    assert (folder / "script.py").read_text() == original
+    assert (folder / "script-from-9.py").read_text() == original + "# mine\n"
+
+
+@scripts
+def test_a_resumed_run_says_what_is_done(script: ModuleType, run_main: Main) -> None:
+    folder = script.train(tiny(script))
+    assert "8 iterations (8 of them done)," in run_main(script, "--resume", folder)
+
+
+def test_a_failing_constructor_is_located(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+        import gymnasium as gym
+
+        class Broken(gym.Env):
+            def __init__(self):
+                self.speed = {}["speed"]
+
+        gym.register("Broken-v0", Broken)
+    """
+    (tmp_path / "broken.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"'speed' \(KeyError, .*broken.py:6\)"):
+        ppo.train(tiny(ppo, env_id="broken:Broken-v0"))
+
+
+@scripts
+def test_a_checkpoint_of_a_changed_script_names_that(script: ModuleType) -> None:
+    folder = Path(script.train(tiny(script)))
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["args"]["own_flag"] = 1
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match=f"own_flag.*own script is {folder / 'script.py'}"):
+        script.load_checkpoint(str(folder))
 
 
 @scripts

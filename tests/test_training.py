@@ -624,3 +624,19 @@ def test_names_with_slashes_and_colons_make_one_folder() -> None:
     folder = ppo.train(tiny(ppo, env_id="envs:Identity-box-v0", exp_name="a/b:c", run_dir=None))
     assert Path(folder).parent == Path("runs")
     assert ":" not in folder
+
+
+@scripts
+def test_explained_variance_is_the_critic_before_it_learns(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where later epochs recompute the values of rows that the critic has learned by then."""
+    calls = spy(monkeypatch, script, "compute_gae")
+    folder = script.train(tiny(script, recompute_advantages=True, update_epochs=3))
+    assert len(calls) == 8 * 3
+    for (args, _, (_, returns)), logged in zip(
+        calls[::3], column(folder, "losses/explained_variance"), strict=True
+    ):
+        values, returns = args[1].numpy(), returns.numpy()
+        share = np.var(returns - values) / np.var(returns)  # what is left unexplained
+        assert logged == pytest.approx(1 - share, abs=1e-4)

@@ -62,8 +62,14 @@ PAPER_ENVS = dict.fromkeys(
     "",
 )
 # The flags that the README documents for single environments.
-SWIMMER = "--gamma 0.999"
-PENDULUM = "--total-timesteps 200000 --num-envs 4 --num-steps 512 --learning-rate 1e-3 --gamma 0.9"
+SWIMMER = (
+    "--num-envs 4 --num-steps 1024 --num-minibatches 16 --learning-rate 6e-4 --gamma 0.9999 "
+    "--gae-lambda 0.98"
+)
+PENDULUM = (
+    "--total-timesteps 200000 --num-envs 16 --num-steps 128 --learning-rate 1e-3 "
+    "--final-lr-fraction 0 --gamma 0.95"
+)
 ACROBOT = (
     "--total-timesteps 500000 --num-envs 16 --num-steps 128 --num-minibatches 8 "
     "--gamma 0.99 --gae-lambda 0.95 --norm-obs"
@@ -73,8 +79,8 @@ MOUNTAIN_CAR = (
     "--gamma 0.99 --gae-lambda 0.98 --norm-obs --norm-reward"
 )
 LUNAR_LANDER = (
-    "--total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
-    "--update-epochs 4 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01 --learning-rate 3e-4"
+    "--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-minibatches 16 "
+    "--learning-rate 3e-4 --gamma 0.999 --gae-lambda 0.98 --norm-obs --norm-reward"
 )
 PONG = (
     "--total-timesteps 3000000 --num-envs 16 --num-steps 128 --update-epochs 3 "
