@@ -949,7 +949,8 @@ def train(args: Args, unset: Args | None = None) -> str:
         if run.rank == 0 and not stopped:
             result = evaluate(agent, args)
             returns = [episodic_return for episodic_return, _ in run.episodes]
-            summary = {"global_step": run.global_step, "wall_time": run.wall_time, "SPS": run.sps}
+            summary = {"global_step": run.global_step, "wall_time": round(run.wall_time, 3)}
+            summary["SPS"] = round(run.sps)
             summary["train_return_last100"] = float(np.mean(returns)) if returns else None
             summary |= {name: result[name] for name in EVALUATION}
             summary["solved_at_step"] = run.solved_at_step
