@@ -74,6 +74,7 @@ ATARI = Setting(
     command="ppo_atari.py --env-id ALE/Breakout-v5 --num-envs 8 --num-steps 128 "
     "--update-epochs 4 --num-minibatches 4",
     steps=20_480,
+    target=1.7,
     env_id="BreakoutNoFrameskip-v4",
     num_envs=8,
     ppo={
@@ -109,7 +110,19 @@ SETTINGS = {
         command="ppo_continuous.py --env-id HalfCheetah-v5",
         target=2.2,
     ),
+    "halfcheetah-compile": variant(
+        HALFCHEETAH,
+        what="HalfCheetah-v5, each with its own defaults, ours with --compile",
+        command="ppo_continuous.py --env-id HalfCheetah-v5 --compile",
+        target=2.2,
+    ),
     "atari": ATARI,
+    "atari-bf16": variant(
+        ATARI,
+        what=ATARI.what + ", ours with --bf16",
+        command=ATARI.command + " --bf16",
+        target=2.5,
+    ),
 }
 
 
