@@ -634,11 +634,11 @@ def test_videos_of_training_and_evaluation(limit: Limit, monkeypatch: pytest.Mon
 def test_catch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     replace_envs(monkeypatch, Catch)
     settings = {"num_envs": 16, "num_steps": 16, "num_minibatches": 4, "update_epochs": 3}
-    settings |= {"total_timesteps": 12_288, "learning_rate": 1e-3, "clip_coef": 0.2, "gamma": 0.9}
+    settings |= {"total_timesteps": 16_384, "learning_rate": 1e-3, "clip_coef": 0.2, "gamma": 0.9}
     folder = ppo_atari.train(tiny(eval_episodes=100, **settings))
     returns = column(folder, "charts/episodic_return")
     assert returns[0] < 0
-    assert json.loads(Path(folder, "summary.json").read_text())["eval_return_mean"] > 0.8
+    assert json.loads(Path(folder, "summary.json").read_text())["eval_return_mean"] > 0.9
 
 
 # ---- bad input

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pytest
 import tyro
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, spy
 
 MODIFICATIONS = ROOT / "tests" / "modifications"
 README = (ROOT / "README.md").read_text()
@@ -363,9 +363,24 @@ def test_masked_actions_are_never_taken(folder: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_bonus_finds_the_end_of_the_long_corridor(seed: int, folder: Path) -> None:
-    """Without the bonus, a policy without a reward drifts: it may arrive, but not in these runs."""
+    """Without the bonus it depends on luck: a policy that no reward moves drifts."""
     settings = {"env_id": "my_envs:LongCorridor-v0", "total_timesteps": 50_000, "seed": seed}
     assert score(patched("intrinsic_reward", folder), **settings) == 1
+
+
+def test_the_bonus_pays_for_rare_places_where_the_corridor_pays_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"env_id": "my_envs:LongCorridor-v0", **TINY}
+    module = patched("intrinsic_reward", folder)
+    for script, bonus in ((importlib.import_module("ppo"), False), (module, True)):
+        calls = spy(monkeypatch, script, "compute_gae")
+        script.train(script.Args(run_dir=f"bonus-{bonus}", **settings))
+        for (rewards, *_), _, _ in calls:
+            assert (rewards > 0).all() if bonus else not rewards.any()
+        # Each of n arrivals at a place pays bonus / sqrt(n): their squares make bonus^2 a place.
+        places = (calls[0][0][0] / 0.1).square().sum().item()
+        assert places == pytest.approx(round(places), abs=1e-4) and (places > 2) == bonus
 
 
 @pytest.mark.slow
