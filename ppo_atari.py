@@ -394,16 +394,17 @@ class Agent(nn.Module):
 
     def features(self, obs: Tensor) -> Tensor:
         """(N, 4, 84, 84) -> (N, 512); pixels are scaled to [0, 1] (detail 22)."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            pixels = obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
+            pixels = obs.to(dtype, memory_format=torch.channels_last).div_(255)
             return self.network(pixels).float()
 
     def get_dist(self, obs: Tensor) -> Tensor:
         return self.actor(self.features(obs)).log_softmax(dim=-1)
 
     def get_value(self, obs: Tensor) -> Tensor:
-        """V(s), (N,)"""
-        return self.critic(self.features(obs)).squeeze(-1)
+        """V(s), (N,); of many rows a part at a time, whose activations stay small."""
+        return torch.cat([self.critic(self.features(x)).squeeze(-1) for x in obs.split(256)])
 
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Judge actions, sampled ones if none are given: action, logprob, entropy, value, (N,)."""

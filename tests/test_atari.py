@@ -458,6 +458,22 @@ def test_raw_frames_go_in_whatever_their_number(agent: nn.Module) -> None:
     torch.testing.assert_close(agent.get_value(obs[:1]), value[:1], rtol=1e-4, atol=1e-5)
 
 
+def test_values_of_many_rows_come_in_small_parts(
+    agent: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations of all frames of a rollout at once would take memory, and time to get it."""
+    sizes, features = [], agent.features
+    monkeypatch.setattr(agent, "features", lambda x: (sizes.append(len(x)), features(x))[1])
+    obs = noise(300)
+    with torch.no_grad():
+        values = agent.get_value(obs)
+        assert values.shape == (300,)
+        for i in (0, 255, 256, 299):
+            alone = agent.critic(features(obs[i : i + 1]))[0, 0]
+            torch.testing.assert_close(values[i], alone, rtol=1e-4, atol=1e-5)
+    assert sum(sizes) == 300 and max(sizes) <= 256
+
+
 def test_kl_is_exact(agent: nn.Module) -> None:
     obs = noise(8)
     with torch.no_grad():

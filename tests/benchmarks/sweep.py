@@ -84,7 +84,7 @@ LUNAR_LANDER = (
 )
 PONG = (
     "--total-timesteps 3000000 --num-envs 16 --num-steps 128 --update-epochs 3 "
-    "--num-minibatches 8 --clip-coef 0.2 --learning-rate 5e-4"
+    "--num-minibatches 8 --clip-coef 0.2 --learning-rate 5e-4 --bf16"
 )
 DELTAS = "    deltas = rewards + gamma * next_values * (1 - {}.to(rewards.dtype)) - values"
 # Two settings of the ablations need another script. `terminations` stop the bootstrap, `dones` are
@@ -365,6 +365,12 @@ def plan(options: argparse.Namespace, experiment: Experiment, runs: Path) -> lis
     return sorted(jobs, key=lambda job: job.seed)
 
 
+def cores() -> int:
+    """Processors this program may use; `taskset` may have left it fewer than there are."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def sweep(options: argparse.Namespace, experiment: Experiment, runs: Path) -> int:
     """Train what is missing; returns the exit code."""
     module, install = experiment.needs
@@ -378,7 +384,7 @@ def sweep(options: argparse.Namespace, experiment: Experiment, runs: Path) -> in
         for job in jobs:
             if (job.folder / "summary.json").exists() and stale(job):
                 shutil.rmtree(job.folder)
-    trainer = Trainer(options.compile, max(1, (os.cpu_count() or 1) // options.jobs))
+    trainer = Trainer(options.compile, max(1, cores() // options.jobs))
     failures = 0
     for number_ in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number_, trainer.stop)
