@@ -1,0 +1,46 @@
+"""The normalised score of tests/benchmarks/sweep.py, against a case worked by hand."""
+
+import importlib
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from helpers import ROOT
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    return importlib.import_module("sweep")
+
+
+def run(env_id: str, setting: str, seed: int, train: float) -> SimpleNamespace:
+    return SimpleNamespace(env_id=env_id, setting=setting, seed=seed, train=train)
+
+
+RUNS = [
+    run("A", "clip", 1, 30.0),
+    run("A", "clip", 2, 50.0),  # mean 40: the best of A
+    run("A", "none", 1, 10.0),
+    run("A", "none", 2, -20.0),
+    run("B", "clip", 1, -3.0),
+    run("B", "none", 1, -1.0),  # the best of B
+]
+
+
+def test_scores_worked_by_hand(sweep: ModuleType) -> None:
+    # A: (x - 10) / (40 - 10); B: (x + 5) / (-1 + 5)
+    scores = sweep.normalised(RUNS, {"A": 10.0, "B": -5.0})
+    assert scores == {
+        "clip": pytest.approx([20 / 30, 40 / 30, 2 / 4]),
+        "none": pytest.approx([0, -1, 1]),
+    }
+
+
+def test_only_what_every_setting_was_trained_with_counts(sweep: ModuleType) -> None:
+    extra = [
+        run("A", "clip", 3, 900.0),  # a seed more
+        run("C", "clip", 1, 900.0),  # an environment more
+        run("C", "none", 2, 900.0),  # of another seed
+    ]
+    assert sweep.compared([*RUNS, *extra]) == RUNS
+    assert sweep.compared(extra) == []
