@@ -235,6 +235,25 @@ def test_ablations_change_something(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(seen) == len(experiment.settings), f"{name}: two settings are the same"
 
 
+def test_ablations_that_the_details_name_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import sweep
+
+    experiments = ("ablations", "ablations_cartpole")
+    settings = {name for key in experiments for name in sweep.EXPERIMENTS[key].settings}
+    section = README.split("\n## Implementation details\n")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row[-2])}
+    assert named == settings - {"defaults"}
+
+
+def test_first_figures_are_those_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import beside
+
+    assert beside.table() in README, "run python tests/benchmarks/beside.py, then readme.py"
+
+
 def brief_runs() -> Iterator[tuple[str, list[str]]]:
     """Commands that train here; the rest needs a run folder, a screen or many processes."""
     for line, name, argv in script_commands():
