@@ -242,8 +242,8 @@ def test_ablations_that_the_details_name_exist(monkeypatch: pytest.MonkeyPatch) 
     experiments = ("ablations", "ablations_cartpole")
     settings = {name for key in experiments for name in sweep.EXPERIMENTS[key].settings}
     section = README.split("\n## Implementation details\n")[1].split("\n## ")[0]
-    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
-    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row[-2])}
+    rows = [re.split(r" *\| *", line) for line in section.splitlines() if line.startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row[-3])}
     assert named == settings - {"defaults"}
 
 
