@@ -357,6 +357,9 @@ class Agent(nn.Module):
     """
 
     eval_deterministic = True  # evaluate with the mean action
+    # The noise never dies out (std 0.22 at least): who always meets the same states forgets how to
+    # come back from others, and where the std is tiny, small steps change ratios a lot.
+    min_log_std = -1.5
 
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
         super().__init__()
@@ -369,9 +372,13 @@ class Agent(nn.Module):
         self.critic = mlp(obs_dim, 1, gain=1.0)
         self.log_std = nn.Parameter(torch.full((action_dim,), -0.5))
 
+    def gaussian(self, mean: Tensor) -> Tensor:
+        """Means (N, A) -> `dist`"""
+        log_std = self.log_std.clamp(min=self.min_log_std)
+        return torch.cat([mean, log_std.expand_as(mean)], dim=-1)
+
     def get_dist(self, obs: Tensor) -> Tensor:
-        mean = self.actor(self.obs_stats.normalize(obs))
-        return torch.cat([mean, self.log_std.expand_as(mean)], dim=-1)
+        return self.gaussian(self.actor(self.obs_stats.normalize(obs)))
 
     def get_value(self, obs: Tensor) -> Tensor:
         """V(s), (N,)"""
@@ -380,11 +387,11 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Judge actions, sampled if none are given: action, logprob, entropy, value, (N, ...)."""
         obs = self.obs_stats.normalize(obs)
-        mean = self.actor(obs)
-        dist = torch.cat([mean, self.log_std.expand_as(mean)], dim=-1)
+        dist = self.gaussian(self.actor(obs))
         action = self.sample(dist) if action is None else action
         # H = sum log(std * sqrt(2 * pi * e))
-        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(mean))
+        _, log_std = dist.chunk(2, dim=-1)
+        entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(dim=-1)
         return action, self.log_prob(dist, action), entropy, self.critic(obs).squeeze(-1)
 
     def act(self, obs: Tensor, deterministic: bool = True) -> Tensor:

@@ -288,7 +288,7 @@ def test_gradients_of_logprob_and_entropy_are_torchs(
 
 @CONTINUOUS
 def test_dist_is_means_and_log_stds(agent: nn.Module, observe: Observe) -> None:
-    means, log_stds = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [-2.0, -1.0, -0.5, 0.0, 0.5, 1.0]
+    means, log_stds = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [-1.5, -1.0, -0.5, 0.0, 0.5, 1.0]
     fix_outputs(agent, means)
     with torch.no_grad():
         agent.log_std.copy_(torch.tensor(log_stds))
@@ -299,6 +299,23 @@ def test_dist_is_means_and_log_stds(agent: nn.Module, observe: Observe) -> None:
     at_means = -sum(log_stds) - 3 * math.log(2 * math.pi)
     torch.testing.assert_close(logprob, torch.full((3,), at_means))
     torch.testing.assert_close(entropy, torch.full((3,), 3 - at_means))
+
+
+@CONTINUOUS
+def test_noise_does_not_die_out(agent: nn.Module, observe: Observe) -> None:
+    """However far log_std falls, actions keep a standard deviation of exp(-1.5) = 0.2231."""
+    with torch.no_grad():
+        agent.log_std.copy_(torch.tensor([-9.0, -3.0, -1.6, -1.4, 0.0, 1.0]))
+        obs = observe(20_000)
+        dist = agent.get_dist(obs)
+        action, logprob, entropy, _ = agent.get_action_and_value(obs)
+    expected = torch.tensor([-1.5, -1.5, -1.5, -1.4, 0.0, 1.0])
+    torch.testing.assert_close(dist[:, 6:], expected.expand(20_000, 6))
+    stds = (action.flatten(1) - dist[:, :6]).std(dim=0)
+    torch.testing.assert_close(stds[:3], torch.full((3,), 0.2231), rtol=0.03, atol=0)
+    oracle = Independent(Normal(dist[:, :6], expected.exp()), 1)
+    torch.testing.assert_close(logprob, oracle.log_prob(action.flatten(1)))
+    torch.testing.assert_close(entropy, oracle.entropy())
 
 
 @DISCRETE
@@ -390,7 +407,7 @@ def test_samples_have_the_policys_frequencies(
 
 @CONTINUOUS
 def test_samples_have_the_policys_mean_and_std(agent: nn.Module, observe: Observe) -> None:
-    n, means, stds = 20_000, torch.linspace(-3, 3, 6), torch.linspace(0.1, 2, 6)
+    n, means, stds = 20_000, torch.linspace(-3, 3, 6), torch.linspace(0.3, 2, 6)
     fix_outputs(agent, means.tolist())
     with torch.no_grad():
         agent.log_std.copy_(stds.log())
