@@ -87,7 +87,7 @@ PONG = (
     "--num-minibatches 8 --clip-coef 0.2 --learning-rate 5e-4 --bf16"
 )
 DELTAS = "    deltas = rewards + gamma * next_values * (1 - {}.to(rewards.dtype)) - values"
-# Two settings of the ablations need another script. `terminations` stop the bootstrap, `dones` are
+# Some settings of the ablations need another script. `terminations` stop the bootstrap, `dones` are
 # time limits too; without its two lines, a layer starts as PyTorch leaves it.
 ABLATION_EDITS = {
     "time-limit-as-death": ((DELTAS.format("terminations"), DELTAS.format("dones")),),
@@ -98,6 +98,9 @@ ABLATION_EDITS = {
             "    # and biases: U(-1 / sqrt(inputs), 1 / sqrt(inputs))",
         ),
     ),
+}
+CONTINUOUS_EDITS = ABLATION_EDITS | {
+    "no-std-floor": (("    min_log_std = -1.5", "    min_log_std = -math.inf"),)
 }
 COMMON_ABLATIONS = {
     "defaults": "",
@@ -148,9 +151,9 @@ EXPERIMENTS = {
             "no-reward-norm": "--no-norm-reward",
             "no-recompute": "--no-recompute-advantages",
             "no-stagger": "--no-stagger",
-            **dict.fromkeys(ABLATION_EDITS, ""),
+            **dict.fromkeys(CONTINUOUS_EDITS, ""),
         },
-        edits=ABLATION_EDITS,
+        edits=CONTINUOUS_EDITS,
         shared={"defaults": "mujoco/defaults"},
         baseline="defaults",
     ),
