@@ -126,7 +126,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads; 1 is fastest for small networks, 0 is torch's own choice"""
     compile: bool = False
-    """compile policy and loss (torch.compile): starts a minute later, then runs faster"""
+    """torch.compile the loss, on a GPU the policy too: starts later, then runs faster"""
     # Records
     run_dir: str | None = None
     """folder for the files, by default runs/{env_id}__{exp_name}__{seed}__{unix time}"""
@@ -886,8 +886,9 @@ def load_state(module: Any, state: dict[str, Any]) -> None:
 def resumed_args(args: Args, unset: Args) -> Args:
     """The checkpoint's arguments with what `args` may change: what differs from `unset`."""
     saved = vars(Args(**load_checkpoint(args.resume or args.evaluate)["args"]))
-    free = {"resume", "evaluate", "cuda", "torch_threads", "track"}
-    free |= {"total_timesteps"} if args.resume else {"eval_episodes", "seed", "capture_video"}
+    free = {"resume", "evaluate", "cuda", "torch_threads"}
+    resumes, evaluates = {"total_timesteps", "track"}, {"eval_episodes", "seed", "capture_video"}
+    free |= resumes if args.resume else evaluates
     given = {name: value for name, value in vars(args).items() if value != getattr(unset, name)}
     for name, value in given.items():
         shrinks = name == "total_timesteps" and value < saved[name]

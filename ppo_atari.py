@@ -28,7 +28,7 @@ Read ppo.py first: what follows `Agent` is the same here, byte for byte. In shor
 What differs from ppo.py: the emulator steps all games in C++ threads, a convolutional network is
 shared by actor and critic, a lost life ends the bootstrap, and `Args` holds other numbers.
 
-What differs from the paper: clip range constant, 4 epochs, value loss weight 0.5, value clipping.
+What differs from the paper: clip range constant, 4 epochs, values clipped, their loss a quarter.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 [Nature] Mnih et al. 2015, "Human-level control through deep reinforcement learning".
@@ -132,7 +132,7 @@ class Args:
     bf16: bool = False
     """compute the convolutions in bfloat16: faster where the processor knows it"""
     compile: bool = False
-    """compile policy and loss (torch.compile): starts a minute later, then runs faster"""
+    """torch.compile the loss, on a GPU the policy too: starts later, then runs faster"""
     # Records
     run_dir: str | None = None
     """folder for the files, by default runs/{env_id}__{exp_name}__{seed}__{unix time}"""
@@ -936,8 +936,9 @@ def load_state(module: Any, state: dict[str, Any]) -> None:
 def resumed_args(args: Args, unset: Args) -> Args:
     """The checkpoint's arguments with what `args` may change: what differs from `unset`."""
     saved = vars(Args(**load_checkpoint(args.resume or args.evaluate)["args"]))
-    free = {"resume", "evaluate", "cuda", "torch_threads", "track"}
-    free |= {"total_timesteps"} if args.resume else {"eval_episodes", "seed", "capture_video"}
+    free = {"resume", "evaluate", "cuda", "torch_threads"}
+    resumes, evaluates = {"total_timesteps", "track"}, {"eval_episodes", "seed", "capture_video"}
+    free |= resumes if args.resume else evaluates
     given = {name: value for name, value in vars(args).items() if value != getattr(unset, name)}
     for name, value in given.items():
         shrinks = name == "total_timesteps" and value < saved[name]

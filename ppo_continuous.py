@@ -28,7 +28,8 @@ What differs from ppo.py: the policy is a Gaussian, its actions are scaled to th
 bounds, observations and rewards are normalised, and `Args` holds other numbers.
 
 What differs from the paper: 64 short rollouts instead of one long one, advantages estimated anew
-before each epoch, a learning rate that ends at a third of its start, and what ppo.py lists.
+before each epoch, a learning rate that ends at a third of its start, noise that never falls below
+a standard deviation of 0.22, and what ppo.py lists.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 Details: Huang et al. 2022, "The 37 Implementation Details of Proximal Policy Optimization".
@@ -125,7 +126,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads; 1 is fastest for small networks, 0 is torch's own choice"""
     compile: bool = False
-    """compile policy and loss (torch.compile): starts a minute later, then runs faster"""
+    """torch.compile the loss, on a GPU the policy too: starts later, then runs faster"""
     # Records
     run_dir: str | None = None
     """folder for the files, by default runs/{env_id}__{exp_name}__{seed}__{unix time}"""
@@ -358,7 +359,8 @@ class Agent(nn.Module):
 
     eval_deterministic = True  # evaluate with the mean action
     # The noise never dies out (std 0.22 at least): who always meets the same states forgets how to
-    # come back from others, and where the std is tiny, small steps change ratios a lot.
+    # come back from others, and where the std is tiny, small steps change ratios a lot. (At the
+    # floor there is no gradient: a dimension that has come down to it stays there.)
     min_log_std = -1.5
 
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
@@ -924,8 +926,9 @@ def load_state(module: Any, state: dict[str, Any]) -> None:
 def resumed_args(args: Args, unset: Args) -> Args:
     """The checkpoint's arguments with what `args` may change: what differs from `unset`."""
     saved = vars(Args(**load_checkpoint(args.resume or args.evaluate)["args"]))
-    free = {"resume", "evaluate", "cuda", "torch_threads", "track"}
-    free |= {"total_timesteps"} if args.resume else {"eval_episodes", "seed", "capture_video"}
+    free = {"resume", "evaluate", "cuda", "torch_threads"}
+    resumes, evaluates = {"total_timesteps", "track"}, {"eval_episodes", "seed", "capture_video"}
+    free |= resumes if args.resume else evaluates
     given = {name: value for name, value in vars(args).items() if value != getattr(unset, name)}
     for name, value in given.items():
         shrinks = name == "total_timesteps" and value < saved[name]

@@ -147,6 +147,7 @@ TABLE = [
     Bad("--resume {own} --run-dir elsewhere", "--run-dir elsewhere"),
     Bad("--evaluate {own} --learning-rate 0.5", "--learning-rate 0.5"),
     Bad("--evaluate {own} --total-timesteps 100000", "--total-timesteps 100000"),
+    Bad("--evaluate {own} --track", "--track True: contradicts"),
     Bad("--evaluate {own} --eval-episodes 0", "--eval-episodes 0"),
     Bad("--evaluate {own} --eval-episodes -3", "--eval-episodes -3"),
     Bad("--evaluate {own} --seed -3", "--seed -3"),
