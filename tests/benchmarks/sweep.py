@@ -886,7 +886,8 @@ def draw(name: str, runs: list[Run]) -> None:
         figure.legend(
             chosen.values(), chosen.keys(), loc="outside lower center", ncols=ncols, fontsize=9
         )
-    figure.suptitle("Training returns: mean over seeds, band from lowest to highest", fontsize=11)
+    title = "Training returns: mean over seeds, band from lowest to highest"
+    figure.suptitle(title.replace(", ", ",\n") if len(envs) == 1 else title, fontsize=11)
     save(figure, HERE / "figures" / f"{name}.png")
     plt.close(figure)
 
