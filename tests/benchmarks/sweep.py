@@ -102,6 +102,10 @@ ABLATION_EDITS = {
 CONTINUOUS_EDITS = ABLATION_EDITS | {
     "no-std-floor": (("    min_log_std = -1.5", "    min_log_std = -math.inf"),)
 }
+# The policy's actions go to the environment as they are, clipped to its bounds.
+UNSCALED = (
+    ("        scaled = self.center + self.half_range * actions", "        scaled = actions"),
+)
 COMMON_ABLATIONS = {
     "defaults": "",
     "no-adv-norm": "--no-norm-adv",
@@ -115,10 +119,18 @@ EXPERIMENTS = {
         "ppo_continuous.py", seeds=5, envs={"Swimmer-v5": ""}, settings={"documented": SWIMMER}
     ),
     "ant_humanoid": Experiment(
-        "ppo_continuous.py", seeds=2, envs={"Ant-v5": "", "Humanoid-v5": ""}
+        "ppo_continuous.py",
+        seeds=1,
+        envs={"Ant-v5": "", "Humanoid-v5": ""},
+        settings={"defaults": "", "unscaled": ""},
+        edits={"unscaled": UNSCALED},
     ),
     "pendulum": Experiment(
-        "ppo_continuous.py", seeds=5, envs={"Pendulum-v1": ""}, settings={"documented": PENDULUM}
+        "ppo_continuous.py",
+        seeds=5,
+        envs={"Pendulum-v1": ""},
+        settings={"documented": PENDULUM, "unscaled": PENDULUM},
+        edits={"unscaled": UNSCALED},
     ),
     "classic": Experiment(
         "ppo.py",
