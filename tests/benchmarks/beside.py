@@ -71,7 +71,7 @@ def table() -> str:
         (f"Breakout on the CPU, against {against}", speed("atari"), "speed.py atari"),
         ("the same with `--bf16`", speed("atari-bf16"), "speed.py atari-bf16"),
         (
-            "HalfCheetah-v5, return after 1M steps",
+            "HalfCheetah-v5, evaluation after 1M steps",
             score("HalfCheetah-v5", "mujoco"),
             "sweep.py mujoco",
         ),
