@@ -122,8 +122,8 @@ EXPERIMENTS = {
         "ppo_continuous.py",
         seeds=1,
         envs={"Ant-v5": "", "Humanoid-v5": ""},
-        settings={"defaults": "", "unscaled": ""},
-        edits={"unscaled": UNSCALED},
+        settings={"defaults": "", "unscaled": "", "no-std-floor": ""},
+        edits={"unscaled": UNSCALED, "no-std-floor": CONTINUOUS_EDITS["no-std-floor"]},
     ),
     "pendulum": Experiment(
         "ppo_continuous.py",
