@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sweep import HERE, ROOT, load_script, markdown, measured, write_csv
 
-ENVS = {"HalfCheetah-v5": (64, 8), "Ant-v5": (64, 8), "Humanoid-v5": (64, 8)}
+ENVS = {"HalfCheetah-v5": (64,), "Ant-v5": (64, 8), "Humanoid-v5": (64, 8)}
 ITERATIONS = 12  # the first two do not count
 
 
