@@ -68,6 +68,11 @@ def table() -> str:
             speed("halfcheetah-defaults"),
             "speed.py halfcheetah-defaults",
         ),
+        (
+            "the same with our `--compile`",
+            speed("halfcheetah-compile"),
+            "speed.py halfcheetah-compile",
+        ),
         (f"Breakout on the CPU, against {against}", speed("atari"), "speed.py atari"),
         ("the same with `--bf16`", speed("atari-bf16"), "speed.py atari-bf16"),
         (
