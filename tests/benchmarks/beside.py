@@ -1,18 +1,17 @@
 """Gather the figures of a first look, beside other implementations, from the measured tables.
 
-python tests/benchmarks/beside.py    # after any of the programs that it names; writes beside.md
+    python tests/benchmarks/beside.py    # after any of the programs that it names
+
+Result: beside.md.
 """
 
-import csv
 import statistics
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from sweep import HERE, read_csv
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    with open(HERE / f"{name}.csv") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return read_csv(HERE / f"{name}.csv")
 
 
 def seconds_to_solve() -> str:

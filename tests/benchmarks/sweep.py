@@ -99,9 +99,8 @@ ABLATION_EDITS = {
         ),
     ),
 }
-CONTINUOUS_EDITS = ABLATION_EDITS | {
-    "no-std-floor": (("    min_log_std = -1.5", "    min_log_std = -math.inf"),)
-}
+NO_STD_FLOOR = {"no-std-floor": (("    min_log_std = -1.5", "    min_log_std = -math.inf"),)}
+CONTINUOUS_EDITS = ABLATION_EDITS | NO_STD_FLOOR
 # The policy's actions go to the environment as they are, clipped to its bounds.
 UNSCALED = (
     ("        scaled = self.center + self.half_range * actions", "        scaled = actions"),
@@ -122,8 +121,8 @@ EXPERIMENTS = {
         "ppo_continuous.py",
         seeds=1,
         envs={"Ant-v5": "", "Humanoid-v5": ""},
-        settings={"defaults": "", "unscaled": "", "no-std-floor": ""},
-        edits={"unscaled": UNSCALED, "no-std-floor": CONTINUOUS_EDITS["no-std-floor"]},
+        settings={"defaults": "", "no-std-floor": ""},
+        edits=NO_STD_FLOOR,
     ),
     "pendulum": Experiment(
         "ppo_continuous.py",
@@ -539,6 +538,12 @@ def write_csv(path: Path, header: list[str], rows: list[list[Any]], comment: str
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that write_csv has written."""
+    with open(path) as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
 def measured(*packages: str) -> str:
     """When, where and with what a benchmark that has just run was measured."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
@@ -687,13 +692,10 @@ def random_score(env_id: str, episodes: int = 100) -> float:
     import gymnasium as gym
 
     path = HERE / "random_scores.csv"
-    if path.exists():
-        with open(path) as file:
-            rows = list(csv.reader(line for line in file if not line.startswith("#")))[1:]
-        if env_id in dict(row[:2] for row in rows):
-            return float(dict(row[:2] for row in rows)[env_id])
-    else:
-        rows = []
+    known = read_csv(path) if path.exists() else []
+    for row in known:
+        if row["environment"] == env_id:
+            return float(row["mean"])
     env = gym.make(env_id, disable_env_checker=True)
     env.action_space.seed(0)
     returns = []
@@ -706,6 +708,7 @@ def random_score(env_id: str, episodes: int = 100) -> float:
         returns.append(total)
     env.close()
     mean, spread = statistics.fmean(returns), statistics.stdev(returns)
+    rows = [list(row.values()) for row in known]
     rows.append([env_id, f"{mean:.6g}", f"{spread:.4g}", str(episodes)])
     comment = "returns of a policy that acts uniformly at random"
     write_csv(path, ["environment", "mean", "std", "episodes"], sorted(rows), comment)
@@ -726,18 +729,22 @@ def compared(runs: list[Run]) -> list[Run]:
     ]
 
 
+def best_settings(runs: list[Run]) -> dict[str, float]:
+    """Environment -> mean of the setting that did best there."""
+    result: dict[str, float] = {}
+    for (env_id, _), members in groups(runs).items():
+        mean = statistics.fmean(run.train for run in members)
+        result[env_id] = max(mean, result.get(env_id, -math.inf))
+    return result
+
+
 def normalised(runs: list[Run], random: dict[str, float]) -> dict[str, list[float]]:
     """Setting -> score of each run: 0 is the random policy, 1 the environment's best setting."""
     result: dict[str, list[float]] = {}
-    cells = groups(runs)
-    for (env_id, setting), members in cells.items():
-        best = max(
-            statistics.fmean(run.train for run in others)
-            for (env, _), others in cells.items()
-            if env == env_id
-        )
-        low = random[env_id]
-        result.setdefault(setting, []).extend((run.train - low) / (best - low) for run in members)
+    best = best_settings(runs)
+    for run in runs:
+        low, high = random[run.env_id], best[run.env_id]
+        result.setdefault(run.setting, []).append((run.train - low) / (high - low))
     return result
 
 
@@ -759,21 +766,19 @@ def normalised_scores(name: str, experiment: Experiment, runs: list[Run]) -> str
     ]
     header = ["setting", "runs", "our score", "the paper's"]
     write_csv(HERE / f"{name}_scores.csv", header, rows, provenance(runs, experiment))
-    means: dict[str, list[float]] = {}
-    for (env_id, _), members in groups(runs).items():
-        means.setdefault(env_id, []).append(statistics.fmean(run.train for run in members))
+    best = best_settings(runs)
     environments = ", ".join(
-        f"{env_id} ({number(random[env_id])}, {number(max(means[env_id]))}; seeds "
+        f"{env_id} ({number(random[env_id])}, {number(high)}; seeds "
         + " ".join(map(str, sorted({run.seed for run in runs if run.env_id == env_id})))
         + ")"
-        for env_id in means
+        for env_id, high in best.items()
     )
     return (
         "## Normalised scores\n\nThe paper's statistic: the mean of the last 100 training "
         "episodes, scaled so that 0 is a random policy (100 episodes of uniformly random actions) "
         "and 1 the best setting's mean in that environment, averaged over all runs. Only "
         "environments and seeds that every setting was trained with count. "
-        f"Ours: {len(means)} environments (random, best): {environments}. "
+        f"Ours: {len(best)} environments (random, best): {environments}. "
         "The paper's: 7 environments x 3 seeds with its own hyperparameters.\n\n"
         + markdown(header, rows)
     )

@@ -7,13 +7,11 @@ in its process, and with one worker process for each of them. Results: workers.c
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from speed import run
 from sweep import HERE, ROOT, load_script, markdown, measured, write_csv
 
 ENVS = {"HalfCheetah-v5": (64,), "Ant-v5": (64, 8), "Humanoid-v5": (64, 8)}
@@ -47,14 +45,7 @@ def train(kind: str, env_id: str, num_envs: int) -> None:
 
 
 def measure(kind: str, env_id: str, num_envs: int) -> float:
-    command = [sys.executable, __file__, "--train", kind, env_id, str(num_envs)]
-    output = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    output = run([__file__, "--train", kind, env_id, str(num_envs)], threads=1)
     return float(output.split("SPS=")[-1])
 
 
