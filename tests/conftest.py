@@ -35,6 +35,13 @@ def same_numbers() -> None:
     np.random.seed(0)
 
 
+@pytest.fixture
+def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a program of tests/benchmarks, which find each other by their folder."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent / "benchmarks"))
+    return importlib.import_module
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request: pytest.FixtureRequest) -> ModuleType:
     """Each script that exists; @pytest.mark.parametrize("script", [...], indirect=True) picks."""

@@ -1,6 +1,5 @@
 """The checks of tests/benchmarks/kills.py find what they are there to find."""
 
-import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import ROOT, tiny
+from helpers import tiny
 
 import ppo
 
@@ -16,9 +15,8 @@ Change = Callable[[list[str]], list[str]]
 
 
 @pytest.fixture
-def kills(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    return importlib.import_module("kills")
+def kills(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_module("kills")
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,14 @@
 """The normalised score of tests/benchmarks/sweep.py, against a case worked by hand."""
 
-import importlib
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from helpers import ROOT
 
 
 @pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    return importlib.import_module("sweep")
+def sweep(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_module("sweep")
 
 
 def run(env_id: str, setting: str, seed: int, train: float) -> SimpleNamespace:

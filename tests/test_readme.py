@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +26,7 @@ CODE = [(m[1], m[2]) for m in FENCE.finditer(README)]
 PROSE = FENCE.sub("", README)
 COMMANDS = [line for kind, text in CODE if kind == "bash" for line in text.splitlines()]
 NAMES = ("ppo", "ppo_continuous", "ppo_atari")
+Import = Callable[[str], ModuleType]
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 # Flags of programs that are not ours, and a form that stands for many flags
 OTHERS = {"standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}  # torchrun
@@ -197,9 +198,8 @@ def test_benchmark_commands_parse() -> None:
                     assert f'"{word}"' in text, line
 
 
-def test_documented_flags_are_those_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    import sweep
+def test_documented_flags_are_those_of_the_benchmarks(benchmark_module: Import) -> None:
+    sweep = benchmark_module("sweep")
 
     flags = {
         "Acrobot-v1": sweep.ACROBOT,
@@ -215,10 +215,9 @@ def test_documented_flags_are_those_of_the_benchmarks(monkeypatch: pytest.Monkey
         assert [line.split(f"{env_id} ")[1] for line in commands] == [documented], env_id
 
 
-def test_ablations_change_something(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ablations_change_something(benchmark_module: Import) -> None:
     """Each differs from the defaults by its flags or by a script whose edits fit."""
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    import sweep
+    sweep = benchmark_module("sweep")
 
     for name in ("ablations", "ablations_cartpole"):
         experiment = sweep.EXPERIMENTS[name]
@@ -235,9 +234,8 @@ def test_ablations_change_something(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(seen) == len(experiment.settings), f"{name}: two settings are the same"
 
 
-def test_ablations_that_the_details_name_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    import sweep
+def test_ablations_that_the_details_name_exist(benchmark_module: Import) -> None:
+    sweep = benchmark_module("sweep")
 
     experiments = ("ablations", "ablations_cartpole")
     settings = {name for key in experiments for name in sweep.EXPERIMENTS[key].settings}
@@ -247,9 +245,8 @@ def test_ablations_that_the_details_name_exist(monkeypatch: pytest.MonkeyPatch) 
     assert named == settings - {"defaults"}
 
 
-def test_first_figures_are_those_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    import beside
+def test_first_figures_are_those_of_the_tables(benchmark_module: Import) -> None:
+    beside = benchmark_module("beside")
 
     assert beside.table() in README, "run python tests/benchmarks/beside.py, then readme.py"
 
