@@ -113,7 +113,7 @@ class Args:
     kl_target: float = 0.01
     """kl-adaptive halves or doubles beta to keep each update's KL near this; 0.003 to 0.03"""
     target_kl: float | None = None
-    """stop an update's epochs early where approx_kl exceeds this; 0.01 to 0.05"""
+    """stop an update after an epoch whose mean approx_kl exceeds this; 0.01 to 0.05"""
     clip_vloss: bool = True
     """also limit the change of predicted values to clip_coef; rarely helps"""
     vf_coef: float = 0.5
@@ -126,7 +126,7 @@ class Args:
     cuda: bool = field(default_factory=torch.cuda.is_available)
     """compute on the GPU, by default where there is one; small networks are faster on the CPU"""
     torch_deterministic: bool = True
-    """only reproducible CUDA kernels; turn off for a little speed on a GPU"""
+    """only reproducible cuDNN kernels; turn off for a little speed on a GPU"""
     torch_threads: int = 0
     """CPU threads; 1 is fastest for small networks, 0 is torch's own choice"""
     bf16: bool = False
@@ -458,7 +458,7 @@ def compute_gae(
     # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}: row t+1 may be another episode's
     decays = gamma * gae_lambda * (1 - dones.to(rewards.dtype))
     advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    advantage = torch.zeros_like(rewards[0])  # after the last row: its delta has V of the rest
     for t in reversed(range(len(rewards))):
         advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages, advantages + values
@@ -485,7 +485,7 @@ def ppo_loss(
     All tensors (M,). clip_coef None: plain surrogate r * A. vf_clip_coef None: plain squared
     error. kl: exact KL[old || new] of each row, where it is penalised.
     """
-    # r = pi_new(a|s) / pi_old(a|s)
+    # r = pi_new(a|s) / pi_old(a|s) weighs what the old policy did, as if the new one had done it
     logratio = new_logprobs - old_logprobs
     ratio = logratio.exp()
     # L_CLIP = E[min(r * A, clip(r, 1 - eps, 1 + eps) * A)] (detail 8): nothing to gain from moving
@@ -501,15 +501,15 @@ def ppo_loss(
         held_values = old_values + (new_values - old_values).clamp(-vf_clip_coef, vf_clip_coef)
         squared_error = torch.max(squared_error, (held_values - returns) ** 2)
     value_loss = 0.5 * squared_error.mean()
-    # loss = -L_CLIP + c1 * L_VF - c2 * H + beta * KL: what shall grow has a minus (detail 10)
+    # loss = -L_CLIP + vf_coef * L_VF - ent_coef * H + beta * KL: minus what shall grow (detail 10)
     entropy = entropies.mean()
     loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
     if kl is not None:
         loss = loss + kl_coef * kl.mean()
     stats = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
     # KL[old || new] estimated from old's samples (http://joschu.net/blog/kl-approx.html)
-    stats["approx_kl"] = ((ratio - 1) - logratio).mean()  # k3: never negative, low variance
-    stats["old_approx_kl"] = -logratio.mean()  # k1: unbiased, noisy
+    stats["approx_kl"] = ((ratio - 1) - logratio).mean()  # k3: never negative, little noise
+    stats["old_approx_kl"] = -logratio.mean()  # k1: noisier; both are unbiased
     outside = (ratio - 1).abs() > (clip_coef if clip_coef is not None else math.inf)
     stats["clipfrac"] = outside.to(ratio.dtype).mean()  # share of ratios beyond 1 +- eps
     return loss, {name: value.detach() for name, value in stats.items()}
@@ -539,9 +539,9 @@ def normalize_advantages(advantages: Tensor) -> Tensor:
 def discounted_returns(
     rewards: Tensor, dones: Tensor, gamma: float, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """R_t = r_t + gamma * R_{t-1}, from 0 after an episode's end, (T, N), for reward scaling.
+    """R_t = r_t + gamma * R_{t-1}, sums of the rewards so far, (T, N), for reward scaling.
 
-    start (N,) is what the last call returned second, zeros at first (detail 30).
+    They begin at 0 in each episode; start (N,): the last call's second result, or 0 (detail 30).
     """
     traces = torch.zeros_like(rewards)
     for t in range(len(rewards)):
@@ -557,13 +557,13 @@ def estimate_values(
     """V(s_t) and V(s_{t+1}) of all rows, (T, N) each; s_{t+1} as it was before any reset.
 
     obs (T, N, ...); next_obs (N, ...) follows the last row; final_obs (K, ...) are what the K rows
-    set in truncations (T, N) led to. (critical: the row below those begins another episode.) Where
-    a row terminated, V(s_{t+1}) means nothing and is not used.
+    set in truncations (T, N) led to, in order. (critical: the row below begins another episode.)
+    Where a row terminated, V(s_{t+1}) means nothing and is not used.
     """
     values = agent.get_value(torch.cat([obs.flatten(0, 1), next_obs, final_obs]))
     values, final_values = values.split([len(values) - len(final_obs), len(final_obs)])
     values = values.unflatten(0, (len(obs) + 1, -1))
-    next_values = values[1:].clone()
+    next_values = values[1:].clone()  # to write into: `values` stays as it is
     next_values[truncations.bool()] = final_values
     return values[:-1], next_values
 
@@ -609,7 +609,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     obs_dtype = torch.uint8 if uint8 else torch.float32
     next_obs, _ = envs.reset(seed=run.seed if args.resume else args.seed + rank * N)
     next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)  # (N, ...)
-    carry = torch.zeros(N, device=device)  # discounted returns of the episodes under way
+    carry = torch.zeros(N, device=device)  # discounted sums of the episodes under way
 
     first = run.iteration + 1
     for iteration in range(first, args.num_iterations + 1):
@@ -640,15 +640,15 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             outcomes.append((reward, terminated, truncated))
             # next_obs begins a new episode there; V(s_{t+1}) needs what the old one led to.
             final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated)]
+            # "_episode" marks where an episode ended, "r" is its return, "l" its length
             for i in np.flatnonzero(infos["_episode"]) if "_episode" in infos else ():
                 step = run.global_step + (t + 1) * args.num_envs
                 run.episode(step, infos["episode"]["r"][i], infos["episode"]["l"][i])
         run.global_step += args.batch_size
         # (T, N, ...) each, and (K, ...) of the K rows that a time limit ended
         obs, actions, old_dist = map(torch.stack, zip(*steps, strict=True))
-        outcomes = np.array(outcomes)  # (T, 3, N)
-        outcomes = torch.as_tensor(outcomes, dtype=torch.float32, device=device)
-        rewards, terminations, truncations = outcomes.unbind(dim=1)
+        outcomes = torch.as_tensor(np.array(outcomes), dtype=torch.float32, device=device)
+        rewards, terminations, truncations = outcomes.unbind(dim=1)  # of (T, 3, N)
         dones = terminations + truncations
         final_obs = np.array(final_obs).reshape(-1, *obs.shape[2:])
         final_obs = torch.as_tensor(final_obs, dtype=obs_dtype, device=device)
@@ -704,7 +704,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
         metrics["losses/explained_variance"] = explained.item()
         if args.norm_obs:
-            agent.obs_stats.update(batch["obs"])
+            agent.obs_stats.update(batch["obs"])  # (critical: earlier, no ratio would start at 1)
         stopped = all_mean(torch.tensor(float(run.signal), device=device)) > 0
         run.record(metrics, last=bool(stopped) or iteration == args.num_iterations)
         if stopped:

@@ -75,6 +75,24 @@ def test_lambda_1_is_the_monte_carlo_return_minus_the_value(script: ModuleType) 
     torch.testing.assert_close(advantages, expected - values)
 
 
+def test_is_the_average_over_all_numbers_of_steps(script: ModuleType) -> None:
+    """(1 - lambda) * sum of lambda^(k-1) * A^(k), where A^(k) waits for k steps of rewards.
+
+    No episode ends; what would follow the last row is worth what the critic says of it.
+    """
+    rewards, states = torch.randn(40, dtype=torch.float64), torch.randn(41, dtype=torch.float64)
+    expected = 0.0
+    for k in range(1, 2000):  # from k = 40 on A^(k) stays as it is
+        n = min(k, 40)
+        discounts = GAMMA ** torch.arange(n + 1).double()
+        waited = (discounts[:n] * rewards[:n]).sum() + discounts[n] * states[n] - states[0]
+        expected += (1 - LAMBDA) * LAMBDA ** (k - 1) * waited.item()
+    zeros = torch.zeros(40, 1)
+    batch = (rewards[:, None], states[:-1, None], states[1:, None], zeros, zeros)
+    advantages, _ = script.compute_gae(*batch, GAMMA, LAMBDA)
+    assert advantages[0].item() == pytest.approx(expected, rel=1e-9)
+
+
 # gamma = lambda = 1/2, so that a delta weighs 1/4 one row up. Rewards 1, 2, 4; values 2, 4, 6.
 # deltas: 1 + 4/2 - 2 = 1;  2 + 6/2 - 4 = 1;  4 + 8/2 - 6 = 2
 HAND_WORKED = {  # next values, terminations, dones, advantages

@@ -81,7 +81,8 @@ def main() -> None:
         f"{measured('torch')}.\n\nMean ± sample standard deviation over {options.seeds} seeds, "
         f"each with {KEPT * options.num_envs:,} rows of a random walk over 19 states. The critic's "
         "values lie halfway between the true ones and 0.5. The two states beside the ends are left "
-        "out: one of their moves needs no critic.\n\n" + markdown(header, lines)
+        "out: one of their moves needs no critic. Right and left are the estimated advantages of "
+        "the two moves, gamma is 1.\n\n" + markdown(header, lines)
     )
     (HERE / "gae_lambda.md").write_text(text)
     print(text)

@@ -105,6 +105,14 @@ CONTINUOUS_EDITS = ABLATION_EDITS | NO_STD_FLOOR
 UNSCALED = (
     ("        scaled = self.center + self.half_range * actions", "        scaled = actions"),
 )
+# What Ant-v4 and, by a fault of its simulator, Ant-v3 have: the figures of others stand for those.
+NO_CONTACT_FORCES = (
+    (
+        "        env = gym.make(args.env_id, disable_env_checker=True)",
+        "        env = gym.make(args.env_id, disable_env_checker=True, "
+        "include_cfrc_ext_in_observation=False)",
+    ),
+)
 COMMON_ABLATIONS = {
     "defaults": "",
     "no-adv-norm": "--no-norm-adv",
@@ -121,8 +129,8 @@ EXPERIMENTS = {
         "ppo_continuous.py",
         seeds=1,
         envs={"Ant-v5": "", "Humanoid-v5": ""},
-        settings={"defaults": "", "no-std-floor": ""},
-        edits=NO_STD_FLOOR,
+        settings={"defaults": "", "no-std-floor": "", "no-contact-forces": ""},
+        edits=NO_STD_FLOOR | {"no-contact-forces": NO_CONTACT_FORCES},
     ),
     "pendulum": Experiment(
         "ppo_continuous.py",
