@@ -46,6 +46,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -220,6 +221,8 @@ def env_errors(env_id: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(f"{error}".split()) or repr(error)
+        if isinstance(error, (ModuleNotFoundError, gym.error.NameNotFound)):
+            reason += " Your own is my_module:MyEnv-v0, beside the script or on PYTHONPATH."
         if not isinstance(error, (ValueError, ImportError, gym.error.Error)):
             at = traceback.extract_tb(error.__traceback__)[-1]
             reason += f" ({type(error).__name__}, {at.filename}:{at.lineno})"
@@ -538,7 +541,8 @@ def average_gradients(agent: Agent) -> None:
 def check_finite(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not (math.isfinite(x.item()) if x.ndim == 0 else x.isfinite().all()):
-            raise FloatingPointError(f"{name} is NaN or infinite")
+            index = (~x.isfinite()).nonzero()[0].tolist() if x.ndim else ""  # [t, i, ...]
+            raise FloatingPointError(f"{name}{index} is NaN or infinite")
 
 
 def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
@@ -762,9 +766,11 @@ class Run:
         )
 
     def on_signal(self, number: int, frame: object) -> None:
-        """End after this iteration; a second signal ends at once."""
+        """End after this iteration or evaluation step; a second signal ends at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+        if self.rank == 0:  # a handler may interrupt a print, so it must not print itself
+            os.write(2, b"\nstopping soon; a second time stops at once and saves nothing\n")
 
     def on_exit(self, kind: object, error: BaseException | None, trace: object) -> None:
         for file in self.files.values():
@@ -876,6 +882,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         Args(**checkpoint["args"])
     except Exception as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to trust the file
+            reason = "It holds something else."
         own = file.with_name("script.py")
         reason += f" The run's own script is {own}." if own.exists() else ""
         raise ValueError(f"{file}: is no checkpoint for this script. {reason}") from error
@@ -893,8 +901,8 @@ def load_state(module: Any, state: dict[str, Any]) -> None:
 def resumed_args(args: Args, unset: Args) -> Args:
     """The checkpoint's arguments with what `args` may change: what differs from `unset`."""
     saved = vars(Args(**load_checkpoint(args.resume or args.evaluate)["args"]))
-    free = {"resume", "evaluate", "cuda", "torch_threads"}
-    resumes, evaluates = {"total_timesteps", "track"}, {"eval_episodes", "seed", "capture_video"}
+    free = {"resume", "evaluate", "cuda", "torch_threads", "eval_episodes"}
+    resumes, evaluates = {"total_timesteps", "track"}, {"seed", "capture_video"}
     free |= resumes if args.resume else evaluates
     given = {name: value for name, value in vars(args).items() if value != getattr(unset, name)}
     for name, value in given.items():
@@ -906,11 +914,14 @@ def resumed_args(args: Args, unset: Args) -> Args:
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    agent: Agent, args: Args, videos: Path | None = None, run: Run | None = None
+) -> dict[str, Any]:
     """Play an episode in each of --eval-episodes fresh environments, seeded from --seed alone.
 
     One in each, as the first so many to end would favour short ones. Statistics stay frozen, and
-    training's random numbers untouched. Episodes longer than 27,000 steps are cut.
+    training's random numbers untouched. Episodes longer than 27,000 steps are cut. A signal to
+    `run` ends it, and makes its result worthless.
     """
     device, n = next(agent.parameters()).device, args.eval_episodes
     if n == 0:
@@ -918,21 +929,25 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
     envs = make_envs(args, n, videos)
     returns, lengths, playing = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
     gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), contextlib.closing(envs):
-        torch.manual_seed(args.seed)
-        obs, _ = envs.reset(seed=args.seed + 1_000_000)
-        while playing.any() and lengths.max() < 27_000:
-            action = agent.act(torch.as_tensor(obs, device=device), agent.eval_deterministic)
-            obs, _, _, _, infos = envs.step(action.cpu().numpy())
-            ended = playing & infos.get("_episode", False)
-            final = infos["episode"]["r"] if ended.any() else returns
-            returns = np.where(ended, final, np.where(playing, envs.episode_returns, returns))
-            lengths += playing
-            playing &= ~ended
+    try:
+        with torch.random.fork_rng(gpus), contextlib.closing(envs):
+            torch.manual_seed(args.seed)
+            obs, _ = envs.reset(seed=args.seed + 1_000_000)
+            while playing.any() and lengths.max() < 27_000 and not (run and run.signal):
+                action = agent.act(torch.as_tensor(obs, device=device), agent.eval_deterministic)
+                obs, _, _, _, infos = envs.step(action.cpu().numpy())
+                ended = playing & infos.get("_episode", False)
+                final = infos["episode"]["r"] if ended.any() else returns
+                returns = np.where(ended, final, np.where(playing, envs.episode_returns, returns))
+                lengths += playing
+                playing &= ~ended
+    except Exception as error:
+        raise RuntimeError(f"evaluation, after step {lengths.max()}: {error!r}") from error
     numbers = (float(returns.mean()), float(returns.std()), n)
     cut = (lengths >= 27_000).tolist()
     if any(cut):
-        print(f"{sum(cut)} of {n} evaluation episodes were cut at 27,000 steps", file=sys.stderr)
+        cuts = f"{sum(cut)} of {n} evaluation episodes were cut at 27,000 steps"
+        print(f"{cuts}; have they a time limit?", file=sys.stderr)
     episodes = {"returns": returns.tolist(), "lengths": lengths.tolist(), "cut": cut}
     return dict(zip(EVALUATION, numbers, strict=True)) | episodes
 
@@ -953,9 +968,10 @@ def train(args: Args, unset: Args | None = None) -> str:
             distributed.init_process_group("nccl" if args.cuda else "gloo")
             stack.callback(distributed.destroy_process_group)
         agent, run = ppo(args, stack)
+        if run.rank == 0 and not run.signal:
+            result = evaluate(agent, args, run=run)
         stopped = run.signal
         if run.rank == 0 and not stopped:
-            result = evaluate(agent, args)
             returns = [episodic_return for episodic_return, _ in run.episodes]
             summary = {"global_step": run.global_step, "wall_time": round(run.wall_time, 3)}
             summary["SPS"] = round(run.sps)
@@ -1003,6 +1019,8 @@ def main() -> None:
             traceback.print_exception(error.__cause__ or error)
         print(f"error: {str(error) or repr(error)}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # before training, or with --evaluate
+        sys.exit(130)
 
 
 # <<< shared: records

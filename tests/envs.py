@@ -204,7 +204,7 @@ class Bad(gym.Env):
     def step(self, action: Action) -> Step:
         self.steps += 1
         now = self.steps >= 50
-        if now and self.way == "step":
+        if (now and self.way == "step") or (self.steps == 8 and self.way == "soon"):
             raise ValueError("the wheel came off")
         if self.way == "slow":
             time.sleep(0.02)
@@ -275,7 +275,7 @@ for coded in ("box", "float64", "dict"):
     register(f"IdentityBox-{coded}", IdentityBox, limit=10, coded=coded)
 for box in Actions.boxes:
     register(f"Actions-{box}", Actions, limit=10, box=box)
-for way in ("obs", "reward", "infinite", "step", "init", "reset", "slow"):
+for way in ("obs", "reward", "infinite", "step", "soon", "init", "reset", "slow"):
     register(f"Bad-{way}", Bad, way=way)
     register(f"BadBox-{way}", Bad, way=way, continuous=True)
 register("Plain", Plain, limit=10)

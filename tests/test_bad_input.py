@@ -102,7 +102,8 @@ TABLE = [
     Bad("--env-id HalfChetah-v5", "--env-id HalfChetah-v5 HalfCheetah"),
     Bad("--env-id CartPole-v9", "--env-id CartPole-v9 v1"),
     Bad("--env-id Nothing-like-this"),
-    Bad("--env-id no_such_module:Some-v0"),
+    Bad("--env-id no_such_module:Some-v0", "no_such_module my_module:MyEnv-v0 PYTHONPATH"),
+    Bad("--env-id MyForgottenModule-v0", "MyForgottenModule my_module:MyEnv-v0 PYTHONPATH"),
     Bad("--env-id envs:Missing-v0"),
     Bad("--env-id a/b/c-v0"),
     Bad("--env-id CartPole-v1", "CartPole-v1 ppo.py", script=ppo_continuous),
@@ -364,6 +365,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_run(
         file.write_bytes(pickle.dumps(Payload(trap)))
     line = refusal(script, [f"--{way}", str(file)], monkeypatch, capsys)
     assert str(file) in line
+    assert "trust" not in line  # torch's advice: to load it nevertheless, if one trusts it
     assert not trap.exists()
     assert list(tmp_path.iterdir()) == [file]
     # The payload is a real one.

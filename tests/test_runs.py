@@ -288,7 +288,8 @@ def test_signals_save_and_say_how_to_resume(
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == code
-    assert (out / "stderr").read_text() == ""
+    lines = (out / "stderr").read_text().split("\n")
+    assert lines == ["", "stopping soon; a second time stops at once and saves nothing", ""]
     assert f"--resume {folder}" in (out / "stdout").read_text().splitlines()[-1]
     assert not (folder / "summary.json").exists()
     # The iteration was finished and saved: resuming cuts nothing off.
@@ -330,9 +331,9 @@ def test_handlers_are_put_back() -> None:
 @pytest.mark.parametrize(
     ("way", "words"),
     [
-        ("obs", "observation"),
-        ("reward", "reward"),
-        ("infinite", "reward"),
+        ("obs", "observation[3, 0, 0]"),
+        ("reward", "reward[1, 0]"),
+        ("infinite", "reward[1, 0]"),
         ("step", "the wheel came off"),
         ("reset", "the battery is flat"),
     ],
@@ -340,7 +341,10 @@ def test_handlers_are_put_back() -> None:
 def test_faults_of_the_environment(
     script: ModuleType, way: str, words: str, run_main: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From step 50 of each environment on, in iteration 4; three iterations are kept."""
+    """From step 50 of each environment on, in iteration 4; three iterations are kept.
+
+    Step 50 is row 1 of that batch. It ends an episode: the first bad observation is that of row 3.
+    """
     box = "Box" if script is ppo_continuous else ""
     argv = flags(script, env_id=f"envs:Bad{box}-{way}-v0", run_dir="run", norm_obs=True)
     with pytest.raises(SystemExit) as stop:
@@ -586,19 +590,82 @@ def test_a_failure_outside_the_loop_shows_where(
 
 
 @scripts
-def test_a_signal_during_the_evaluation_does_not_unmake_the_run(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_evaluation_too(
+    script: ModuleType,
+    number: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    real = script.evaluate
+    """At its second step. --resume then makes up for it, as if nothing had been."""
+    script.train(tiny(script, run_dir="whole", eval_episodes=2))
+    whole = json.loads(Path("whole/summary.json").read_text())
+    act, acted = script.Agent.act, []
 
-    def interrupted(*args: object) -> dict:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
+    def interrupted(*args: object) -> torch.Tensor:
+        if len(acted) == 1:
+            os.kill(os.getpid(), number)
+        acted.append(args)
+        return act(*args)
 
-    monkeypatch.setattr(script, "evaluate", interrupted)
-    folder = Path(script.train(tiny(script)))
-    assert (folder / "summary.json").exists()
-    assert "stopped" not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Agent, "act", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            script.train(tiny(script, run_dir="run", eval_episodes=2))
+    assert stop.value.code == code
+    assert len(acted) == 2
+    assert capfd.readouterr().out.endswith("stopped; go on with --resume run\n")
+    assert not Path("run/summary.json").exists()
+    script.train(script.Args(resume="run"))
+    again = json.loads(Path("run/summary.json").read_text())
+    for name in whole.keys() - {"wall_time", "SPS"}:
+        assert again[name] == whole[name]
+
+
+@scripts
+def test_ctrl_c_in_evaluate_leaves_without_a_traceback(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    run_main: Main,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = script.train(tiny(script))
+
+    def interrupted(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(script.Agent, "act", interrupted)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, "--evaluate", folder, "--eval-episodes", 2)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
+@scripts
+def test_an_environment_that_fails_in_evaluate_shows_where(
+    script: ModuleType, run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It raises ValueError at step 8: no bad input of the command line."""
+    box = "Box" if script is ppo_continuous else ""
+    args = tiny(script, env_id=f"envs:Bad{box}-soon-v0", num_steps=4, total_timesteps=16)
+    folder = script.train(args)
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, "--evaluate", folder, "--eval-episodes", 3)
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert "envs.py" in err and "in step" in err
+    assert err.splitlines()[-1].startswith("error: evaluation, after step ")
+    assert "the wheel came off" in err.splitlines()[-1]
+
+
+@scripts
+def test_resuming_may_evaluate_differently(script: ModuleType, run_main: Main) -> None:
+    folder = Path(script.train(tiny(script, eval_episodes=2)))
+    run_main(script, "--resume", folder, "--total-timesteps", 576, "--eval-episodes", 0)
+    assert_whole(folder, 64, 576)
+    assert json.loads((folder / "summary.json").read_text())["eval_episodes"] == 0
 
 
 @scripts
@@ -615,7 +682,9 @@ def test_cut_evaluation_episodes_are_announced(capsys: pytest.CaptureFixture[str
     with contextlib.closing(ppo.make_envs(args, 1)) as envs:
         result = ppo.evaluate(ppo.Agent(envs), args)
     assert result["cut"] == [True, True] and result["lengths"] == [27_000] * 2
-    assert capsys.readouterr().err == "2 of 2 evaluation episodes were cut at 27,000 steps\n"
+    err = capsys.readouterr().err
+    assert err.startswith("2 of 2 evaluation episodes were cut at 27,000 steps; have they a time")
+    assert len(err.splitlines()) == 1
 
 
 @scripts
