@@ -531,7 +531,7 @@ def estimate_values(
 def average_gradients(agent: Agent) -> None:
     """Average the gradients over all processes of torchrun, in one collective call."""
     if distributed.is_initialized():
-        gradients = [parameter.grad for parameter in agent.parameters()]
+        gradients = [x.grad for x in agent.parameters() if x.grad is not None]
         mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
         parts = mean.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
@@ -561,8 +561,10 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     parameters = list(agent.parameters())
     policy, loss_function = agent.get_dist, minibatch_loss
     if args.compile:
-        loss_function = torch.compile(loss_function)
-        policy = torch.compile(policy) if args.cuda else policy  # a CPU gains nothing here
+        # Code for changing floats is wrong about their third value (torch 2.13). So what changes
+        # during a run must be a tensor, as kl_coef is; each value of a float is compiled anew.
+        loss_function = torch.compile(loss_function, dynamic=False)
+        policy = torch.compile(policy, dynamic=False) if args.cuda else policy  # CPU: no gain
 
     T, N = args.num_steps, envs.num_envs
     B = T * N
@@ -679,7 +681,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
 
 # >>> shared: records
 # The algorithm ends here. What follows writes files, resumes, evaluates and reads the command line.
-METRICS = (
+METRICS = (  # the columns of metrics.csv; what has no name here goes to wandb only
     "global_step charts/SPS charts/learning_rate charts/episodic_return charts/episodic_length "
     "losses/value_loss losses/policy_loss losses/entropy losses/approx_kl losses/old_approx_kl "
     "losses/clipfrac losses/explained_variance losses/grad_norm losses/kl_coef wall_time"
@@ -741,7 +743,8 @@ class Run:
                 script = script.with_name(f"script-from-{self.iteration + 1}.py")
             write(script, own)
         except OSError as error:
-            raise ValueError(f"--run-dir {self.folder}: cannot be written. {error}") from error
+            flag = "--resume" if saved else "--run-dir"
+            raise ValueError(f"{flag} {self.folder}: {error}") from error
         stack.push(self.on_exit)
         if args.track:
             import wandb
@@ -803,7 +806,8 @@ class Run:
         row = metrics | {"global_step": self.global_step, "charts/SPS": round(self.sps)}
         row |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
         row |= {"wall_time": round(self.wall_time, 3)}
-        print(*(row[name] for name in METRICS), sep=",", file=self.files["metrics.csv"])
+        cells = (row.get(name, math.nan) for name in METRICS)
+        print(*cells, sep=",", file=self.files["metrics.csv"])
         for file in self.files.values():
             file.flush()
         if self.wandb:

@@ -506,6 +506,21 @@ def test_compile_gives_the_same_run(script: ModuleType, monkeypatch: pytest.Monk
     assert list(states[0]) == list(states[1])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compile_is_right_about_every_clip_range_of_a_process() -> None:
+    """Code that torch 2.13 compiles for changing floats keeps the second value for the third."""
+    for clip_coef in (0.2, 0.1, 0.02):
+        both = []
+        for compiled in (False, True):
+            settings = {"clip_coef": clip_coef, "clip_vloss": True, "learning_rate": 3e-3}
+            folder = f"{clip_coef}-{compiled}"
+            args = tiny(ppo, **settings, compile=compiled, num_steps=64, run_dir=folder)
+            run = ppo.train(args)
+            both.append([column(run, f"losses/{name}")[0] for name in ("policy_loss", "clipfrac")])
+        np.testing.assert_allclose(*both, rtol=1e-3, atol=1e-5)
+
+
 # ---- the files of a run
 
 
