@@ -605,7 +605,7 @@ def test_a_signal_ends_the_evaluation_too(
 
     def interrupted(*args: object) -> torch.Tensor:
         if len(acted) == 1:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # in this thread, at once
         acted.append(args)
         return act(*args)
 
@@ -633,7 +633,7 @@ def test_ctrl_c_in_evaluate_leaves_without_a_traceback(
     folder = script.train(tiny(script))
 
     def interrupted(*args: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # in this thread, at once
 
     monkeypatch.setattr(script.Agent, "act", interrupted)
     capsys.readouterr()
