@@ -429,7 +429,7 @@ class Agent(nn.Module):
         return (dist - torch.empty_like(dist).exponential_().log()).argmax(dim=-1)
 
     def log_prob(self, dist: Tensor, action: Tensor) -> Tensor:
-        return dist.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return dist.gather(-1, action.unsqueeze(-1)).squeeze(-1)  # log p of each row's action
 
     @staticmethod
     def kl(old_dist: Tensor, new_dist: Tensor) -> Tensor:
@@ -600,6 +600,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     agent = Agent(envs).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
     reward_stats = RunningMeanStd().to(device)
+    # The files, and what resuming restores: iteration, global_step, kl_coef, the objects named here
     run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
     parameters = list(agent.parameters())
     policy, loss_function = agent.get_dist, minibatch_loss

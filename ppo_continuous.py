@@ -593,6 +593,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     agent = Agent(envs).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
     reward_stats = RunningMeanStd().to(device)
+    # The files, and what resuming restores: iteration, global_step, kl_coef, the objects named here
     run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
     parameters = list(agent.parameters())
     policy, loss_function = agent.get_dist, minibatch_loss
