@@ -1,6 +1,7 @@
 """The normalised score of tests/benchmarks/sweep.py, against a case worked by hand."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -42,3 +43,24 @@ def test_only_what_every_setting_was_trained_with_counts(sweep: ModuleType) -> N
     ]
     assert sweep.compared([*RUNS, *extra]) == RUNS
     assert sweep.compared(extra) == []
+
+
+def test_runs_of_another_experiment_stand_beside_own_ones_only(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """clip-0.2 is trained as mujoco/defaults, there with more environments and seeds."""
+    for name in ("table1/none/Hopper-v5/2", "mujoco/defaults/Hopper-v5/1"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("Hopper-v5/2", "Reacher-v5/2"):
+        (tmp_path / "mujoco/defaults" / name).mkdir(parents=True)
+    for folder in tmp_path.glob("*/*/*/*"):
+        (folder / "summary.json").touch()
+
+    def load_run(folder: Path, setting: str | None = None) -> SimpleNamespace:
+        return run(folder.parts[-2], setting or folder.parts[-3], int(folder.name), 0.0)
+
+    monkeypatch.setattr(sweep, "load_run", load_run)
+    monkeypatch.setattr(sweep, "stale", lambda job: "")
+    runs, unfinished = sweep.load_runs(sweep.EXPERIMENTS["table1"], tmp_path / "table1")
+    assert runs == [run("Hopper-v5", "none", 2, 0.0), run("Hopper-v5", "clip-0.2", 2, 0.0)]
+    assert unfinished == []

@@ -491,8 +491,11 @@ def load_runs(experiment: Experiment, folder: Path) -> tuple[list[Run], list[str
     finished = [path for path in found if (path / "summary.json").exists()]
     unfinished = sorted(str(path.relative_to(folder)) for path in set(found) - set(finished))
     runs = [load_run(path) for path in finished]
+    own = {(run.env_id, run.seed) for run in runs}  # others' runs stand beside these only
     every = argparse.Namespace(envs=None, settings=list(elsewhere), seeds=None, flags=[])
     for job in plan(every, experiment, folder) if elsewhere else ():
+        if (job.env_id, job.seed) not in own:
+            continue
         name = str(job.folder.relative_to(folder.parent))
         if not (job.folder / "summary.json").exists():
             unfinished += [name] if job.folder.exists() else []
