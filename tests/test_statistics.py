@@ -216,26 +216,40 @@ def test_processes_together_know_what_one_would(
 def test_processes_average_their_gradients(
     script: ModuleType, agent: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that there are: a network of the reader's own may be frozen."""
     agents = [agent, copy.deepcopy(agent)]
     expected = [torch.zeros_like(parameter) for parameter in agent.parameters()]
     for process in agents:
-        process.frozen = nn.Linear(2, 3).requires_grad_(False)
-        for parameter, mean in zip(process.parameters(), expected, strict=False):
+        for parameter, mean in zip(process.parameters(), expected, strict=True):
             parameter.grad = torch.randn_like(parameter)
             mean += parameter.grad / 2
-    before = [parameter.grad.clone() for parameter in agent.parameters() if parameter.requires_grad]
+    before = [parameter.grad.clone() for parameter in agent.parameters()]
     script.average_gradients(agent)  # alone: nothing happens
-    assert all(torch.equal(p.grad, x) for p, x in zip(agent.parameters(), before, strict=False))
+    assert all(torch.equal(p.grad, x) for p, x in zip(agent.parameters(), before, strict=True))
     threads = Threads(2)
     monkeypatch.setattr(script, "distributed", threads)
     threads.run(lambda rank: script.average_gradients(agents[rank]))
     for process in agents:
-        own = list(process.parameters())[: len(expected)]
-        torch.testing.assert_close([p.grad for p in own], expected)
-        assert process.frozen.weight.grad is None
+        torch.testing.assert_close([p.grad for p in process.parameters()], expected)
         # Fused Adam goes through memory: it mixes up gradients laid out unlike their parameters.
-        assert all(p.grad.stride() == p.stride() for p in own)
+        assert all(p.grad.stride() == p.stride() for p in process.parameters())
+
+
+def test_a_frozen_network_has_no_gradients_to_average(
+    script: ModuleType, agent: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a reader may add to Agent; the others' gradients are averaged as without it."""
+    agent.frozen = nn.Linear(2, 3).requires_grad_(False)
+    agents = [agent, copy.deepcopy(agent)]
+    for rank, process in enumerate(agents):
+        for parameter in process.parameters():
+            parameter.grad = torch.full_like(parameter, rank) if parameter.requires_grad else None
+    threads = Threads(2)
+    monkeypatch.setattr(script, "distributed", threads)
+    threads.run(lambda rank: script.average_gradients(agents[rank]))
+    for process in agents:
+        assert process.frozen.weight.grad is None
+        learning = [p for p in process.parameters() if p.requires_grad]
+        assert learning and all((p.grad == 0.5).all() for p in learning)
 
 
 # ---- normalize_advantages
