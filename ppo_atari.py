@@ -322,9 +322,11 @@ def all_mean(x: Tensor) -> Tensor:
 
 def all_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance over the rows of x, (rows, ...), of all processes."""
-    var, own_mean = torch.var_mean(x, dim=0, correction=0)
-    mean = all_mean(own_mean.clone())
-    return mean, all_mean(var + (own_mean - mean) ** 2)
+    var, mean = torch.var_mean(x, dim=0, correction=0)
+    if distributed.is_initialized():
+        own_mean, mean = mean, all_mean(mean.clone())
+        var = all_mean(var + (own_mean - mean) ** 2)
+    return mean, var
 
 
 class RunningMeanStd(nn.Module):

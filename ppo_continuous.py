@@ -304,9 +304,11 @@ def all_mean(x: Tensor) -> Tensor:
 
 def all_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance over the rows of x, (rows, ...), of all processes."""
-    var, own_mean = torch.var_mean(x, dim=0, correction=0)
-    mean = all_mean(own_mean.clone())
-    return mean, all_mean(var + (own_mean - mean) ** 2)
+    var, mean = torch.var_mean(x, dim=0, correction=0)
+    if distributed.is_initialized():
+        own_mean, mean = mean, all_mean(mean.clone())
+        var = all_mean(var + (own_mean - mean) ** 2)
+    return mean, var
 
 
 class RunningMeanStd(nn.Module):
@@ -355,6 +357,12 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(*hidden, layer(64, outputs, gain))
 
 
+def log_normal(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log N(x; mean, std), all (N, A), summed over the dimensions, (N,)."""
+    z = (x - mean) * (-log_std).exp()
+    return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+
+
 class Agent(nn.Module):
     """Policy (actor) and value function (critic) as separate networks (detail 26).
 
@@ -380,13 +388,13 @@ class Agent(nn.Module):
         self.critic = mlp(obs_dim, 1, gain=1.0)
         self.log_std = nn.Parameter(torch.full((action_dim,), -0.5))
 
-    def gaussian(self, mean: Tensor) -> Tensor:
-        """Means (N, A) -> `dist`"""
-        log_std = self.log_std.clamp(min=self.min_log_std)
-        return torch.cat([mean, log_std.expand_as(mean)], dim=-1)
+    def gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and log standard deviations, (N, A) each, from normalised observations."""
+        mean = self.actor(obs)
+        return mean, self.log_std.clamp(min=self.min_log_std).expand_as(mean)
 
     def get_dist(self, obs: Tensor) -> Tensor:
-        return self.gaussian(self.actor(self.obs_stats.normalize(obs)))
+        return torch.cat(self.gaussian(self.obs_stats.normalize(obs)), dim=-1)
 
     def get_value(self, obs: Tensor) -> Tensor:
         """V(s), (N,)"""
@@ -395,12 +403,12 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Judge actions, sampled if none are given: action, logprob, entropy, value, (N, ...)."""
         obs = self.obs_stats.normalize(obs)
-        dist = self.gaussian(self.actor(obs))
-        action = self.sample(dist) if action is None else action
+        mean, log_std = self.gaussian(obs)
+        action = self.sample(torch.cat([mean, log_std], dim=-1)) if action is None else action
+        logprob = log_normal(action.view_as(mean), mean, log_std)
         # H = sum log(std * sqrt(2 * pi * e))
-        _, log_std = dist.chunk(2, dim=-1)
         entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(dim=-1)
-        return action, self.log_prob(dist, action), entropy, self.critic(obs).squeeze(-1)
+        return action, logprob, entropy, self.critic(obs).squeeze(-1)
 
     def act(self, obs: Tensor, deterministic: bool = True) -> Tensor:
         """Actions (N, ...): the means, or samples."""
@@ -414,10 +422,8 @@ class Agent(nn.Module):
         return action.view(-1, *self.action_shape)
 
     def log_prob(self, dist: Tensor, action: Tensor) -> Tensor:
-        """log N(action; mean, std), summed over the dimensions, (N,)"""
         mean, log_std = dist.chunk(2, dim=-1)
-        z = (action.view_as(mean) - mean) * (-log_std).exp()
-        return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+        return log_normal(action.view_as(mean), mean, log_std)
 
     @staticmethod
     def kl(old_dist: Tensor, new_dist: Tensor) -> Tensor:
