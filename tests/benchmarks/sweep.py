@@ -84,7 +84,7 @@ LUNAR_LANDER = (
 )
 PONG = (
     "--total-timesteps 3000000 --num-envs 16 --num-steps 128 --update-epochs 3 "
-    "--num-minibatches 8 --clip-coef 0.2 --learning-rate 5e-4 --bf16"
+    "--num-minibatches 8 --clip-coef 0.2 --learning-rate 1e-3 --bf16"
 )
 DELTAS = "    deltas = rewards + gamma * next_values * (1 - {}.to(rewards.dtype)) - values"
 # Some settings of the ablations need another script. `terminations` stop the bootstrap, `dones` are
