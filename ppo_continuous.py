@@ -357,7 +357,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(*hidden, layer(64, outputs, gain))
 
 
-def log_normal(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+def gaussian_logprob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log N(x; mean, std), all (N, A), summed over the dimensions, (N,)."""
     z = (x - mean) * (-log_std).exp()
     return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
@@ -405,7 +405,7 @@ class Agent(nn.Module):
         obs = self.obs_stats.normalize(obs)
         mean, log_std = self.gaussian(obs)
         action = self.sample(torch.cat([mean, log_std], dim=-1)) if action is None else action
-        logprob = log_normal(action.view_as(mean), mean, log_std)
+        logprob = gaussian_logprob(action.view_as(mean), mean, log_std)
         # H = sum log(std * sqrt(2 * pi * e))
         entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(dim=-1)
         return action, logprob, entropy, self.critic(obs).squeeze(-1)
@@ -423,7 +423,7 @@ class Agent(nn.Module):
 
     def log_prob(self, dist: Tensor, action: Tensor) -> Tensor:
         mean, log_std = dist.chunk(2, dim=-1)
-        return log_normal(action.view_as(mean), mean, log_std)
+        return gaussian_logprob(action.view_as(mean), mean, log_std)
 
     @staticmethod
     def kl(old_dist: Tensor, new_dist: Tensor) -> Tensor:
