@@ -637,8 +637,13 @@ def test_ctrl_c_in_evaluate_leaves_without_a_traceback(
 
     monkeypatch.setattr(script.Agent, "act", interrupted)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_main(script, "--evaluate", folder, "--eval-episodes", 2)
+    # Python's own handler: a shell's background jobs inherit that Ctrl-C is ignored
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_main(script, "--evaluate", folder, "--eval-episodes", 2)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert stop.value.code == 130
     assert capsys.readouterr().err == ""
 
