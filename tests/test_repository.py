@@ -176,6 +176,7 @@ def environment_without_the_repository() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [ppo, ppo_continuous], ids=["ppo", "ppo_continuous"])
 def test_a_script_that_travels_alone_runs(script: object, tmp_path: Path) -> None:
     """Copied to an empty folder: help, and a run of an environment that stands beside it."""

@@ -409,6 +409,7 @@ def test_disk_full(script: ModuleType, tmp_path: Path) -> None:
     assert_whole(folder, 64, 1024)
 
 
+@pytest.mark.slow
 def test_disk_full_while_rows_are_written(tmp_path: Path) -> None:
     """A metrics.csv that can no longer grow ends the run; the checkpoint before it loads."""
     folder, out = tmp_path / "run", tmp_path / "out"
