@@ -63,6 +63,8 @@ import torch.distributed as distributed
 import tyro
 from torch import Tensor, nn
 
+SCRIPT = "ppo"  # marks checkpoints, so that copies under other names can read them
+
 
 @dataclass
 class Args:
@@ -122,7 +124,7 @@ class Args:
     ent_coef: float = 0.0
     """weight of the entropy bonus; raise it where the policy settles too soon; 0 to 0.02"""
     max_grad_norm: float = 0.5
-    """longer gradients are cut to this length; raise it if grad_norm is always above; 0.5 to 5"""
+    """longer gradients are cut to this length; grad_norm often above it is fine; 0.5 to 5"""
     # Machine
     cuda: bool = field(default_factory=torch.cuda.is_available)
     """compute on the GPU, by default where there is one; small networks are faster on the CPU"""
@@ -216,7 +218,7 @@ def env_errors(env_id: str) -> Iterator[None]:
     """Turn whatever fails while an environment is built into one line that names it."""
     atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
     try:
-        if atari and Args.exp_name != "ppo_atari":
+        if atari and SCRIPT != "ppo_atari":
             raise ValueError("For Atari games use ppo_atari.py.")
         yield
     except Exception as error:
@@ -370,12 +372,11 @@ class Agent(nn.Module):
 
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Judge actions, sampled ones if none are given: action, logprob, entropy, value, (N,)."""
-        obs = self.obs_stats.normalize(obs)
-        dist = self.actor(obs).log_softmax(dim=-1)
+        dist = self.get_dist(obs)
         action = self.sample(dist) if action is None else action
         # H(p) = -sum_a p(a) * log p(a)
         entropy = -(dist.exp() * dist).sum(dim=-1)
-        return action, self.log_prob(dist, action), entropy, self.critic(obs).squeeze(-1)
+        return action, self.log_prob(dist, action), entropy, self.get_value(obs)
 
     def act(self, obs: Tensor, deterministic: bool = True) -> Tensor:
         """Actions (N,): the most probable ones, or samples."""
@@ -840,7 +841,7 @@ class Run:
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {name: file.tell() for name, file in self.files.items()}
         state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
-        state |= {"script": Args.exp_name, "args": vars(self.args) | {"resume": None}}
+        state |= {"script": SCRIPT, "args": vars(self.args) | {"resume": None}}
         state |= {"rng": torch.get_rng_state()}
         state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.args.cuda else {}
         buffer = io.BytesIO()
@@ -884,7 +885,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT:
             raise ValueError("It holds something else.")
-        if checkpoint["script"] != Args.exp_name:
+        if checkpoint["script"] != SCRIPT:
             raise ValueError(f"It was written by {checkpoint['script']}.py.")
         Args(**checkpoint["args"])
     except Exception as error:

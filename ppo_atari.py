@@ -61,6 +61,8 @@ import tyro
 from ale_py.vector_env import AtariVectorEnv
 from torch import Tensor, nn
 
+SCRIPT = "ppo_atari"  # marks checkpoints, so that copies under other names can read them
+
 
 @dataclass
 class Args:
@@ -122,7 +124,7 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus; raise it where the policy settles too soon; 0 to 0.02"""
     max_grad_norm: float = 0.5
-    """longer gradients are cut to this length; raise it if grad_norm is always above; 0.5 to 5"""
+    """longer gradients are cut to this length; grad_norm often above it is fine; 0.5 to 5"""
     # Machine
     cuda: bool = field(default_factory=torch.cuda.is_available)
     """compute on the GPU, by default where there is one; small networks are faster on the CPU"""
@@ -218,7 +220,7 @@ def env_errors(env_id: str) -> Iterator[None]:
     """Turn whatever fails while an environment is built into one line that names it."""
     atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
     try:
-        if atari and Args.exp_name != "ppo_atari":
+        if atari and SCRIPT != "ppo_atari":
             raise ValueError("For Atari games use ppo_atari.py.")
         yield
     except Exception as error:
@@ -272,9 +274,7 @@ class GameStatistics(gym.vector.VectorWrapper):
         self.episode_returns = np.zeros(self.num_envs)
         self.episode_lengths = np.zeros(self.num_envs, dtype=int)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         obs, infos = self.env.reset(seed=seed, options=options)
         self.frame_numbers = infos["episode_frame_number"].copy()
         restarted = options["reset_mask"] if options else np.ones(self.num_envs, dtype=bool)
@@ -299,15 +299,11 @@ class GameStatistics(gym.vector.VectorWrapper):
     def film(self, frame: np.ndarray, ended: bool) -> None:
         """Write the first game and then every tenth, as the agent sees it."""
         self.frames.append(np.repeat(frame[..., None], 3, axis=-1))
+        if ended and self.games % 10 == 0:
+            gym.utils.save_video.save_video(
+                self.frames, str(self.videos), lambda game: True, episode_index=self.games, fps=15
+            )
         if ended:
-            if self.games % 10 == 0:
-                gym.utils.save_video.save_video(
-                    self.frames,
-                    str(self.videos),
-                    episode_trigger=lambda episode: True,
-                    episode_index=self.games,
-                    fps=15,
-                )
             self.frames, self.games = [], self.games + 1
 
 
@@ -405,7 +401,10 @@ class Agent(nn.Module):
             return self.network(pixels).float()
 
     def get_dist(self, obs: Tensor) -> Tensor:
-        return self.actor(self.features(obs)).log_softmax(dim=-1)
+        return self.policy(self.features(obs))
+
+    def policy(self, features: Tensor) -> Tensor:
+        return self.actor(features).log_softmax(dim=-1)
 
     def get_value(self, obs: Tensor) -> Tensor:
         """V(s), (N,); of many rows a part at a time, whose activations stay small."""
@@ -414,7 +413,7 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Judge actions, sampled ones if none are given: action, logprob, entropy, value, (N,)."""
         features = self.features(obs)
-        dist = self.actor(features).log_softmax(dim=-1)
+        dist = self.policy(features)
         action = self.sample(dist) if action is None else action
         # H(p) = -sum_a p(a) * log p(a)
         entropy = -(dist.exp() * dist).sum(dim=-1)
@@ -883,7 +882,7 @@ class Run:
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {name: file.tell() for name, file in self.files.items()}
         state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
-        state |= {"script": Args.exp_name, "args": vars(self.args) | {"resume": None}}
+        state |= {"script": SCRIPT, "args": vars(self.args) | {"resume": None}}
         state |= {"rng": torch.get_rng_state()}
         state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.args.cuda else {}
         buffer = io.BytesIO()
@@ -927,7 +926,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT:
             raise ValueError("It holds something else.")
-        if checkpoint["script"] != Args.exp_name:
+        if checkpoint["script"] != SCRIPT:
             raise ValueError(f"It was written by {checkpoint['script']}.py.")
         Args(**checkpoint["args"])
     except Exception as error:

@@ -59,6 +59,8 @@ import torch.distributed as distributed
 import tyro
 from torch import Tensor, nn
 
+SCRIPT = "ppo_continuous"  # marks checkpoints, so that copies under other names can read them
+
 
 @dataclass
 class Args:
@@ -118,7 +120,7 @@ class Args:
     ent_coef: float = 0.0
     """weight of the entropy bonus; raise it where the policy settles too soon; 0 to 0.02"""
     max_grad_norm: float = 0.5
-    """longer gradients are cut to this length; raise it if grad_norm is always above; 0.5 to 5"""
+    """longer gradients are cut to this length; grad_norm often above it is fine; 0.5 to 5"""
     # Machine
     cuda: bool = field(default_factory=torch.cuda.is_available)
     """compute on the GPU, by default where there is one; small networks are faster on the CPU"""
@@ -212,7 +214,7 @@ def env_errors(env_id: str) -> Iterator[None]:
     """Turn whatever fails while an environment is built into one line that names it."""
     atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
     try:
-        if atari and Args.exp_name != "ppo_atari":
+        if atari and SCRIPT != "ppo_atari":
             raise ValueError("For Atari games use ppo_atari.py.")
         yield
     except Exception as error:
@@ -880,7 +882,7 @@ class Run:
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {name: file.tell() for name, file in self.files.items()}
         state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
-        state |= {"script": Args.exp_name, "args": vars(self.args) | {"resume": None}}
+        state |= {"script": SCRIPT, "args": vars(self.args) | {"resume": None}}
         state |= {"rng": torch.get_rng_state()}
         state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.args.cuda else {}
         buffer = io.BytesIO()
@@ -924,7 +926,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT:
             raise ValueError("It holds something else.")
-        if checkpoint["script"] != Args.exp_name:
+        if checkpoint["script"] != SCRIPT:
             raise ValueError(f"It was written by {checkpoint['script']}.py.")
         Args(**checkpoint["args"])
     except Exception as error:

@@ -494,3 +494,27 @@ def test_actions_are_stretched_to_their_bounds_and_clipped(
         [10, 2, 1, 3, 3],
     ]
     np.testing.assert_allclose(got, expected)
+
+
+def test_rollout_and_update_share_the_policy(
+    agent: nn.Module, observe: Observe, shake: Shake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that is changed in one place is changed in both."""
+    shake(agent, 1.0)
+    name = {"ppo": "get_dist", "ppo_continuous": "gaussian", "ppo_atari": "policy"}
+    name = name[type(agent).__module__]
+    policy, before = getattr(agent, name), agent.get_dist(observe(8))
+
+    def sharper(x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if name == "gaussian":
+            mean, log_std = policy(x)
+            return 3 * mean, log_std
+        return (3 * policy(x)).log_softmax(dim=-1)
+
+    monkeypatch.setattr(agent, name, sharper)
+    obs = observe(8)
+    dist = agent.get_dist(obs)
+    assert not torch.allclose(dist, policy(obs) if name == "get_dist" else before)
+    action = agent.sample(dist)
+    _, logprob, _, _ = agent.get_action_and_value(obs, action)
+    torch.testing.assert_close(logprob, agent.log_prob(dist, action))

@@ -1,6 +1,8 @@
 """What holds between the files: shared blocks, help texts, requirements, scripts that travel."""
 
 import ast
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -203,6 +205,24 @@ def test_a_script_that_travels_alone_runs(script: object, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "script.py").read_bytes() == (ROOT / name).read_bytes()
     left = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
     assert left == {name, "my_module.py", "run"}
+
+
+def test_a_copy_may_rename_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another default of exp_name: it still reads the original's checkpoints, and knows Atari."""
+    folder = ppo.train(
+        ppo.Args(**(TINY | {"env_id": ENV_IDS["ppo"], "run_dir": str(tmp_path / "a")}))
+    )
+    for name in ("ppo", "ppo_atari"):
+        text = (ROOT / f"{name}.py").read_text()
+        default = f'exp_name: str = "{name}"'
+        assert text.count(default) == 1
+        (tmp_path / f"my_{name}.py").write_text(text.replace(default, 'exp_name: str = "mine"'))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine, atari = importlib.import_module("my_ppo"), importlib.import_module("my_ppo_atari")
+    resumed = mine.train(mine.Args(resume=folder, total_timesteps=2 * TINY["total_timesteps"]))
+    assert len(metrics(Path(resumed))) == 2 * TINY["total_timesteps"] // 64
+    with contextlib.closing(atari.make_envs(atari.Args(env_id="ALE/Pong-v5"), 1)) as envs:
+        assert envs.single_observation_space.shape == (4, 84, 84)
 
 
 @pytest.mark.parametrize(
