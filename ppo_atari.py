@@ -28,7 +28,7 @@ Read ppo.py first: what follows `Agent` is the same here, byte for byte. In shor
 What differs from ppo.py: the emulator steps all games in C++ threads, a convolutional network is
 shared by actor and critic, a lost life ends the bootstrap, and `Args` holds other numbers.
 
-What differs from the paper: clip range constant, 4 epochs, values clipped, their loss a quarter.
+Unlike the paper: clip range constant, 4 epochs, values clipped, their squared errors' weight 1/4.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 [Nature] Mnih et al. 2015, "Human-level control through deep reinforcement learning".
@@ -85,7 +85,7 @@ class Args:
     gae_lambda: float = 0.95
     """lower trusts the critic (bias), higher the rewards that followed (variance); 0.8 to 0.98"""
     norm_obs: bool = False
-    """normalise observations by running mean and std; try it where their sizes differ"""
+    """normalise observations (not pixels) by running mean and std; try it where sizes differ"""
     norm_reward: bool = False
     """divide rewards by the running std of returns; try it where returns are far from 1"""
     stagger: bool = False
@@ -100,7 +100,7 @@ class Args:
     final_lr_fraction: float = 0.0
     """the share of the learning rate that annealing leaves at the end; 0 to 1"""
     update_epochs: int = 4
-    """passes over each batch; more squeeze more out of it but strain the trust region; 3 to 20"""
+    """passes over each batch; more learn more from it but move further from it; 3 to 20"""
     num_minibatches: int = 4
     """gradient steps per pass; more are smaller and noisier, usually of 64 to 512 rows"""
     recompute_advantages: bool = False
@@ -241,10 +241,10 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
 
     Observations (N, 4, 84, 84), uint8: the last four frames, grey and small (details 18, 20); each
     step repeats the action for 4 frames and takes the maximum of the last two (detail 15); a game
-    starts with up to 30 no-ops (detail 14) and FIRE where it needs that (detail 17). A lost life
-    counts as a termination, though the game goes on (detail 16). SAME_STEP autoreset: the step
-    that ends a game returns the first observation of the next one.
-    Raises ValueError for what is no Atari game.
+    starts with FIRE, where there is that action (detail 17), and up to 30 no-ops (detail 14). A
+    lost life counts as a termination, though the game goes on (detail 16). SAME_STEP autoreset: the
+    step that ends a game returns the first observation of the next one. Of the id, only the game
+    counts; v5's sticky actions need --sticky-actions 0.25. ValueError for what is no Atari game.
     """
     if args.norm_obs:
         raise ValueError("--norm-obs True: pixels are scaled to [0, 1] already; leave it out")
@@ -298,8 +298,9 @@ class GameStatistics(gym.vector.VectorWrapper):
 
     def film(self, frame: np.ndarray, ended: bool) -> None:
         """Write the first game and then every tenth, as the agent sees it."""
-        self.frames.append(np.repeat(frame[..., None], 3, axis=-1))
-        if ended and self.games % 10 == 0:
+        if self.games % 10 == 0:
+            self.frames.append(np.repeat(frame[..., None], 3, axis=-1))
+        if ended and self.frames:
             gym.utils.save_video.save_video(
                 self.frames, str(self.videos), lambda game: True, episode_index=self.games, fps=15
             )
@@ -377,9 +378,8 @@ class Agent(nn.Module):
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
         super().__init__()
         self.bf16 = getattr(envs, "bf16", False)
-        channels = envs.single_observation_space.shape[0]
         self.network = nn.Sequential(  # [Nature], methods
-            initialize(nn.Conv2d(channels, 32, 8, stride=4)),
+            initialize(nn.Conv2d(envs.single_observation_space.shape[0], 32, 8, stride=4)),
             nn.ReLU(),
             initialize(nn.Conv2d(32, 64, 4, stride=2)),
             nn.ReLU(),
@@ -606,8 +606,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     parameters = list(agent.parameters())
     policy, loss_function = agent.get_dist, minibatch_loss
     if args.compile:
-        # Code for changing floats is wrong about their third value (torch 2.13). So what changes
-        # during a run must be a tensor, as kl_coef is; each value of a float is compiled anew.
+        # What changes in a run must be a tensor, as kl_coef is. Each value of a float is compiled
+        # anew, as code for all values (dynamic=None) is wrong from the third on (torch 2.13).
         loss_function = torch.compile(loss_function, dynamic=False)
         policy = torch.compile(policy, dynamic=False) if args.cuda else policy  # CPU: no gain
 
@@ -641,7 +641,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 old_dist = policy(next_obs)
                 action = agent.sample(old_dist)
             steps.append((next_obs, action, old_dist))
-            # Fetching the actions is the rollout's only wait for a GPU.
+            # Fetching the actions is the rollout's only long wait for a GPU.
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
             next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
             truncated = truncated & ~terminated  # where both are set, it has ended for good
@@ -701,9 +701,11 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 break
         if args.surrogate == "kl-adaptive":  # [PPO] section 4
             with torch.no_grad():
-                kl = all_mean(agent.kl(batch["dist"], agent.get_dist(batch["obs"])).mean())
+                dist = torch.cat([*map(agent.get_dist, batch["obs"].split(args.minibatch_size))])
+                kl = all_mean(agent.kl(batch["dist"], dist).mean())
             run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
             run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
+            run.kl_coef = min(max(run.kl_coef, args.kl_coef / 1000), args.kl_coef * 1000)  # ours
 
         # ---- Phase 5: record, means over all minibatches (detail 12)
         for name in minibatches[0]:
@@ -1015,26 +1017,24 @@ def train(args: Args, unset: Args | None = None) -> str:
             if args.cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             distributed.init_process_group("nccl" if args.cuda else "gloo")
-            stack.callback(distributed.destroy_process_group)
         agent, run = ppo(args, stack)
+        if distributed.is_initialized():
+            distributed.barrier()  # leave together
+            distributed.destroy_process_group()  # not after an error: NCCL would wait
         if run.rank == 0 and not run.signal:
             result = evaluate(agent, args, run=run)
-        stopped = run.signal
-        if run.rank == 0 and not stopped:
+        if run.rank == 0 and not run.signal:  # nor meanwhile
             returns = [episodic_return for episodic_return, _ in run.episodes]
             summary = {"global_step": run.global_step, "wall_time": round(run.wall_time, 3)}
             summary["SPS"] = round(run.sps)
             summary["train_return_last100"] = float(np.mean(returns)) if returns else None
-            summary |= {name: result[name] for name in EVALUATION}
-            summary["solved_at_step"] = run.solved_at_step
+            summary |= {x: result[x] for x in EVALUATION} | {"solved_at_step": run.solved_at_step}
             write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
             print(*(f"{name}={value}" for name, value in summary.items()))
             print(f"files in {run.folder}", flush=True)
-        if distributed.is_initialized():
-            distributed.barrier()  # leave together
-        if stopped:
+        if run.signal:
             print(f"stopped; go on with --resume {run.folder}\n" * (run.rank == 0), end="")
-            raise SystemExit(128 + stopped)
+            raise SystemExit(128 + run.signal)
     return str(run.folder)
 
 

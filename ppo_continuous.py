@@ -83,7 +83,7 @@ class Args:
     gae_lambda: float = 0.95
     """lower trusts the critic (bias), higher the rewards that followed (variance); 0.8 to 0.98"""
     norm_obs: bool = True
-    """normalise observations by running mean and std; try it where their sizes differ"""
+    """normalise observations (not pixels) by running mean and std; try it where sizes differ"""
     norm_reward: bool = True
     """divide rewards by the running std of returns; try it where returns are far from 1"""
     stagger: bool = True
@@ -96,7 +96,7 @@ class Args:
     final_lr_fraction: float = 0.33
     """the share of the learning rate that annealing leaves at the end; 0 to 1"""
     update_epochs: int = 10
-    """passes over each batch; more squeeze more out of it but strain the trust region; 3 to 20"""
+    """passes over each batch; more learn more from it but move further from it; 3 to 20"""
     num_minibatches: int = 32
     """gradient steps per pass; more are smaller and noisier, usually of 64 to 512 rows"""
     recompute_advantages: bool = True
@@ -606,8 +606,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     parameters = list(agent.parameters())
     policy, loss_function = agent.get_dist, minibatch_loss
     if args.compile:
-        # Code for changing floats is wrong about their third value (torch 2.13). So what changes
-        # during a run must be a tensor, as kl_coef is; each value of a float is compiled anew.
+        # What changes in a run must be a tensor, as kl_coef is. Each value of a float is compiled
+        # anew, as code for all values (dynamic=None) is wrong from the third on (torch 2.13).
         loss_function = torch.compile(loss_function, dynamic=False)
         policy = torch.compile(policy, dynamic=False) if args.cuda else policy  # CPU: no gain
 
@@ -641,7 +641,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 old_dist = policy(next_obs)
                 action = agent.sample(old_dist)
             steps.append((next_obs, action, old_dist))
-            # Fetching the actions is the rollout's only wait for a GPU.
+            # Fetching the actions is the rollout's only long wait for a GPU.
             next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
             next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)
             truncated = truncated & ~terminated  # where both are set, it has ended for good
@@ -701,9 +701,11 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 break
         if args.surrogate == "kl-adaptive":  # [PPO] section 4
             with torch.no_grad():
-                kl = all_mean(agent.kl(batch["dist"], agent.get_dist(batch["obs"])).mean())
+                dist = torch.cat([*map(agent.get_dist, batch["obs"].split(args.minibatch_size))])
+                kl = all_mean(agent.kl(batch["dist"], dist).mean())
             run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
             run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
+            run.kl_coef = min(max(run.kl_coef, args.kl_coef / 1000), args.kl_coef * 1000)  # ours
 
         # ---- Phase 5: record, means over all minibatches (detail 12)
         for name in minibatches[0]:
@@ -1015,26 +1017,24 @@ def train(args: Args, unset: Args | None = None) -> str:
             if args.cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             distributed.init_process_group("nccl" if args.cuda else "gloo")
-            stack.callback(distributed.destroy_process_group)
         agent, run = ppo(args, stack)
+        if distributed.is_initialized():
+            distributed.barrier()  # leave together
+            distributed.destroy_process_group()  # not after an error: NCCL would wait
         if run.rank == 0 and not run.signal:
             result = evaluate(agent, args, run=run)
-        stopped = run.signal
-        if run.rank == 0 and not stopped:
+        if run.rank == 0 and not run.signal:  # nor meanwhile
             returns = [episodic_return for episodic_return, _ in run.episodes]
             summary = {"global_step": run.global_step, "wall_time": round(run.wall_time, 3)}
             summary["SPS"] = round(run.sps)
             summary["train_return_last100"] = float(np.mean(returns)) if returns else None
-            summary |= {name: result[name] for name in EVALUATION}
-            summary["solved_at_step"] = run.solved_at_step
+            summary |= {x: result[x] for x in EVALUATION} | {"solved_at_step": run.solved_at_step}
             write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
             print(*(f"{name}={value}" for name, value in summary.items()))
             print(f"files in {run.folder}", flush=True)
-        if distributed.is_initialized():
-            distributed.barrier()  # leave together
-        if stopped:
+        if run.signal:
             print(f"stopped; go on with --resume {run.folder}\n" * (run.rank == 0), end="")
-            raise SystemExit(128 + stopped)
+            raise SystemExit(128 + run.signal)
     return str(run.folder)
 
 

@@ -646,6 +646,18 @@ def test_videos_of_training_and_evaluation(limit: Limit, monkeypatch: pytest.Mon
     assert len(list(folder.glob("videos/*/*.mp4"))) == 1
 
 
+def test_only_frames_of_filmed_games_are_kept(limit: Limit, tmp_path: Path) -> None:
+    limit(num_threads=1, max_num_frames_per_episode=40)
+    envs = ppo_atari.make_envs(ppo_atari.Args(), 1, tmp_path)
+    envs.reset(seed=1)
+    kept = []
+    for _ in range(25):
+        envs.step(np.zeros(1, dtype=int))
+        kept.append(len(envs.frames))
+    envs.close()
+    assert kept == [*range(1, 10), *[0] * 16]  # games of 10 steps: the first and the tenth
+
+
 @pytest.mark.slow
 def test_catch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     replace_envs(monkeypatch, Catch)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ import torch
 from conftest import SCRIPTS as NAMES
 from helpers import ENV_IDS, ROOT, SCRIPTS, TINY, column, flags, read_csv, wait_for
 from torchrun_driver import mathematics
+
+import ppo
 
 TESTS = Path(__file__).parent
 DRIVER = str(TESTS / "torchrun_driver.py")
@@ -233,3 +236,42 @@ def test_signals_save_and_say_how_to_resume(
     assert checkpoint["progress"]["global_step"] == column(run, "global_step")[-1]
     assert f"--resume {run.name}" in (tmp_path / "stdout").read_text()
     assert "RuntimeError" not in (tmp_path / "stderr").read_text()
+
+
+@pytest.mark.parametrize("fault", ["", "environment"])
+def test_when_the_group_is_left(
+    fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before the evaluation, which only rank 0 does; not after a fault, where NCCL would wait."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+
+    def evaluate(*args: object, **options: object) -> dict[str, Any]:
+        joined.append(torch.distributed.is_initialized())
+        return {"eval_return_mean": None, "eval_return_std": None, "eval_episodes": 0}
+
+    monkeypatch.setattr(ppo, "evaluate", evaluate)
+    args = ppo.Args(**(TINY | {"env_id": ENV_IDS["ppo"], "run_dir": str(tmp_path / "run")}))
+    if not fault:
+        ppo.train(args)
+        assert joined == [False]
+        assert not torch.distributed.is_initialized()
+        return
+
+    def fail(*args: object) -> None:
+        assert torch.distributed.is_initialized()
+        raise ArithmeticError(fault)
+
+    monkeypatch.setattr(ppo, "minibatch_loss", fail)
+    try:
+        with pytest.raises(RuntimeError, match=fault):
+            ppo.train(args)
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert joined == []

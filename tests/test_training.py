@@ -362,10 +362,32 @@ def test_adaptive_beta_doubles_and_halves(script: ModuleType, target: float, fac
 
 
 @scripts
+@pytest.mark.parametrize(("target", "bound"), [(1e-9, 500.0), (1e9, 0.0005)])
+def test_adaptive_beta_never_goes_too_far_to_come_back(
+    script: ModuleType, target: float, bound: float
+) -> None:
+    """After 14 doublings it is 1,000 times where it started, and not 16,384 times."""
+    sizes = {"total_timesteps": 15 * 64, "kl_target": target, "kl_coef": 0.5}
+    betas = column(script.train(tiny(script, surrogate="kl-adaptive", **sizes)), "losses/kl_coef")
+    assert len(betas) == 15
+    assert betas[-1] == pytest.approx(bound) and betas[-2] == pytest.approx(bound)
+
+
+@scripts
+def test_adaptive_beta_takes_the_memory_of_a_minibatch(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 rows a batch, 32 a minibatch."""
+    calls = spy(monkeypatch, script.Agent, "get_dist")
+    script.train(tiny(script, surrogate="kl-adaptive", num_minibatches=2, eval_episodes=0))
+    assert max(len(positional[1]) for positional, *_ in calls) == 32
+
+
+@scripts
 def test_adaptive_beta_follows_the_kl_of_the_whole_batch(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """d < d_targ / 1.5 halves, d > 1.5 d_targ doubles, where d is over all B rows."""
+    """d < d_targ / 1.5 halves, d > 1.5 d_targ doubles, where d is over all B rows; bounded."""
     measured: list[float] = []
 
     class WatchedAgent(script.Agent):
@@ -391,7 +413,8 @@ def test_adaptive_beta_follows_the_kl_of_the_whole_batch(
     assert len(measured) == len(betas) == 40
     factors = [0.5 if d < target / 1.5 else 2.0 if d > 1.5 * target else 1.0 for d in measured]
     assert len(set(factors)) > 1
-    assert [b / a for a, b in itertools.pairwise(betas)] == factors[:-1]
+    expected = np.clip(np.array(betas) * factors, 1 / 1000, 1000)  # the bounds, from 1 at the start
+    assert betas[1:] == expected[:-1].tolist()
 
 
 @scripts
