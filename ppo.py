@@ -658,13 +658,13 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             kls = [stats["approx_kl"] for stats in minibatches[-args.num_minibatches :]]
             if args.target_kl is not None and all_mean(torch.stack(kls).mean()) > args.target_kl:
                 break
-        if args.surrogate == "kl-adaptive":  # [PPO] section 4
+        if args.surrogate == "kl-adaptive":  # [PPO] section 4; the bounds are ours
             with torch.no_grad():
                 dist = torch.cat([*map(agent.get_dist, batch["obs"].split(args.minibatch_size))])
                 kl = all_mean(agent.kl(batch["dist"], dist).mean())
             run.kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 1
             run.kl_coef *= 2.0 if kl > args.kl_target * 1.5 else 1
-            run.kl_coef = min(max(run.kl_coef, args.kl_coef / 1000), args.kl_coef * 1000)  # ours
+            run.kl_coef = min(max(run.kl_coef, args.kl_coef / 1000), args.kl_coef * 1000)
 
         # ---- Phase 5: record, means over all minibatches (detail 12)
         for name in minibatches[0]:

@@ -501,9 +501,10 @@ def test_rollout_and_update_share_the_policy(
 ) -> None:
     """A policy that is changed in one place is changed in both."""
     shake(agent, 1.0)
-    name = {"ppo": "get_dist", "ppo_continuous": "gaussian", "ppo_atari": "policy"}
-    name = name[type(agent).__module__]
-    policy, before = getattr(agent, name), agent.get_dist(observe(8))
+    names = {"ppo": "get_dist", "ppo_continuous": "gaussian", "ppo_atari": "policy"}
+    name = names[type(agent).__module__]
+    obs, policy = observe(8), getattr(agent, name)
+    before = agent.get_dist(obs)
 
     def sharper(x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if name == "gaussian":
@@ -512,9 +513,8 @@ def test_rollout_and_update_share_the_policy(
         return (3 * policy(x)).log_softmax(dim=-1)
 
     monkeypatch.setattr(agent, name, sharper)
-    obs = observe(8)
     dist = agent.get_dist(obs)
-    assert not torch.allclose(dist, policy(obs) if name == "get_dist" else before)
+    assert not torch.allclose(dist, before)
     action = agent.sample(dist)
     _, logprob, _, _ = agent.get_action_and_value(obs, action)
     torch.testing.assert_close(logprob, agent.log_prob(dist, action))

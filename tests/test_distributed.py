@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SCRIPTS as NAMES
-from helpers import ENV_IDS, ROOT, SCRIPTS, TINY, column, flags, read_csv, wait_for
+from helpers import ENV_IDS, ROOT, SCRIPTS, TINY, column, flags, read_csv, tiny, wait_for
 from torchrun_driver import mathematics
 
 import ppo
@@ -256,7 +256,7 @@ def test_when_the_group_is_left(
         return {"eval_return_mean": None, "eval_return_std": None, "eval_episodes": 0}
 
     monkeypatch.setattr(ppo, "evaluate", evaluate)
-    args = ppo.Args(**(TINY | {"env_id": ENV_IDS["ppo"], "run_dir": str(tmp_path / "run")}))
+    args = tiny(ppo, run_dir=str(tmp_path / "run"))
     if not fault:
         ppo.train(args)
         assert joined == [False]

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import pytest
-from helpers import ENV_IDS, ROOT, TINY, flags, metrics
+from helpers import ROOT, TINY, flags, metrics, tiny
 
 import ppo
 import ppo_continuous
@@ -209,9 +209,7 @@ def test_a_script_that_travels_alone_runs(script: object, tmp_path: Path) -> Non
 
 def test_a_copy_may_rename_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another default of exp_name: it still reads the original's checkpoints, and knows Atari."""
-    folder = ppo.train(
-        ppo.Args(**(TINY | {"env_id": ENV_IDS["ppo"], "run_dir": str(tmp_path / "a")}))
-    )
+    folder = ppo.train(tiny(ppo, run_dir=str(tmp_path / "a")))
     for name in ("ppo", "ppo_atari"):
         text = (ROOT / f"{name}.py").read_text()
         default = f'exp_name: str = "{name}"'
@@ -232,9 +230,7 @@ def test_a_copy_may_rename_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_script_py_of_a_run_reproduces_it(script: object, tmp_path: Path) -> None:
     """script.py of the folder, with the arguments of config.json."""
-    folder = script.train(
-        script.Args(**(TINY | {"env_id": ENV_IDS[script.__name__], "run_dir": str(tmp_path / "a")}))
-    )
+    folder = script.train(tiny(script, run_dir=str(tmp_path / "a")))
     config = json.loads(Path(folder, "config.json").read_text())
     given = {name: config[name] for name in vars(script.Args()) if config[name] is not None}
     given |= {"run_dir": str(tmp_path / "b")}
