@@ -78,7 +78,7 @@ class Args:
     """N, environments stepped together; more make the batch more varied; 1 to 64"""
     num_steps: int = 32
     """T, steps of each environment per batch; more see further ahead in time; 16 to 2048"""
-    gamma: float = 0.99
+    gamma: float = 0.994
     """discount of future rewards: the policy plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999"""
     gae_lambda: float = 0.95
     """lower trusts the critic (bias), higher the rewards that followed (variance); 0.8 to 0.98"""

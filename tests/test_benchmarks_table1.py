@@ -48,11 +48,11 @@ def test_only_what_every_setting_was_trained_with_counts(sweep: ModuleType) -> N
 def test_runs_of_another_experiment_stand_beside_own_ones_only(
     sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """clip-0.2 is trained as mujoco/defaults, there with more environments and seeds."""
-    for name in ("table1/none/Hopper-v5/2", "mujoco/defaults/Hopper-v5/1"):
+    """clip-0.2 is trained as mujoco_gamma/gamma-0.99, there with more environments and seeds."""
+    for name in ("table1/none/Hopper-v5/2", "mujoco_gamma/gamma-0.99/Hopper-v5/1"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("Hopper-v5/2", "Reacher-v5/2"):
-        (tmp_path / "mujoco/defaults" / name).mkdir(parents=True)
+        (tmp_path / "mujoco_gamma/gamma-0.99" / name).mkdir(parents=True)
     for folder in tmp_path.glob("*/*/*/*"):
         (folder / "summary.json").touch()
 

@@ -62,7 +62,7 @@ HALFCHEETAH = Setting(
     "(stable-baselines3's defaults, without normalisation on both sides)",
     command="ppo_continuous.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 "
     "--update-epochs 10 --num-minibatches 32 --no-recompute-advantages --no-norm-obs "
-    "--no-norm-reward --no-anneal-lr",
+    "--no-norm-reward --no-anneal-lr --gamma 0.99",
     steps=81_920,
     env_id="HalfCheetah-v5",
     num_envs=1,
@@ -104,6 +104,11 @@ SETTINGS = {
         target=2.2,
     ),
     "halfcheetah-sb3": HALFCHEETAH,
+    "halfcheetah-sb3-compile": variant(
+        HALFCHEETAH,
+        what=HALFCHEETAH.what + ", ours with --compile",
+        command=HALFCHEETAH.command + " --compile",
+    ),
     "halfcheetah-defaults": variant(
         HALFCHEETAH,
         what="HalfCheetah-v5, each with its own defaults",
@@ -121,6 +126,12 @@ SETTINGS = {
         ATARI,
         what=ATARI.what + ", ours with --bf16",
         command=ATARI.command + " --bf16",
+        target=2.5,
+    ),
+    "atari-bf16-compile": variant(
+        ATARI,
+        what=ATARI.what + ", ours with --bf16 --compile",
+        command=ATARI.command + " --bf16 --compile",
         target=2.5,
     ),
 }
