@@ -675,8 +675,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         for epoch in range(args.update_epochs):
             # ---- Phase 3: advantages, once or anew before each epoch
             if epoch == 0 or args.recompute_advantages:
-                states = (obs, next_obs, truncations, final_obs)
-                values, next_values = estimate_values(agent, *states)
+                values, next_values = estimate_values(agent, obs, next_obs, truncations, final_obs)
                 advantages, returns = compute_gae(
                     rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
                 )
@@ -688,7 +687,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
                 mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
                 loss, stats = loss_function(agent, args, mb, kl_coef)
-                optimizer.zero_grad()
+                for parameter in parameters:
+                    parameter.grad = None  # as optimizer.zero_grad() does, in less time
                 loss.backward()
                 average_gradients(agent)
                 grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -1023,7 +1023,10 @@ def train(args: Args, unset: Args | None = None) -> str:
             distributed.destroy_process_group()  # not after an error: NCCL would wait
         if run.rank == 0 and not run.signal:
             result = evaluate(agent, args, run=run)
-        if run.rank == 0 and not run.signal:  # nor meanwhile
+        if run.signal:  # one that comes later finds the run finished
+            print(f"stopped; go on with --resume {run.folder}\n" * (run.rank == 0), end="")
+            raise SystemExit(128 + run.signal)
+        if run.rank == 0:
             returns = [episodic_return for episodic_return, _ in run.episodes]
             summary = {"global_step": run.global_step, "wall_time": round(run.wall_time, 3)}
             summary["SPS"] = round(run.sps)
@@ -1032,9 +1035,6 @@ def train(args: Args, unset: Args | None = None) -> str:
             write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
             print(*(f"{name}={value}" for name, value in summary.items()))
             print(f"files in {run.folder}", flush=True)
-        if run.signal:
-            print(f"stopped; go on with --resume {run.folder}\n" * (run.rank == 0), end="")
-            raise SystemExit(128 + run.signal)
     return str(run.folder)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import gymnasium as gym
 import pytest
 import tyro
 from helpers import ROOT, TINY, spy
@@ -304,7 +305,7 @@ def test_python_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     namespace: dict[str, object] = {}
     write_my_envs(tmp_path, monkeypatch)
     blocks = [text for kind, text in CODE if kind == "python" and "class Corridor" not in text]
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for text in blocks:
         text = text.replace("runs/FOLDER", folder).replace("50_000", "512")
         exec(text.replace("100_000", "768"), namespace)
@@ -314,6 +315,7 @@ def test_python_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert Path("returns.png").stat().st_size > 1000
     rows = Path(namespace["folder"], "metrics.csv").read_text().splitlines()
     assert rows[-1].startswith("768,")
+    assert gym.make("BlindAnt-v5").observation_space.shape == (27,), "Ant-v5 has 105"
 
 
 # ---- modifications

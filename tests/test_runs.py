@@ -625,6 +625,23 @@ def test_a_signal_ends_the_evaluation_too(
 
 
 @scripts
+def test_a_signal_after_the_evaluation_leaves_a_finished_run(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While summary.json is written, there is nothing left to go on with."""
+    write = script.write
+
+    def interrupted(path: Path, content: bytes) -> None:
+        if path.name == "summary.json":
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(path, content)
+
+    monkeypatch.setattr(script, "write", interrupted)
+    folder = Path(script.train(tiny(script, eval_episodes=1)))
+    assert json.loads((folder / "summary.json").read_text())["eval_episodes"] == 1
+
+
+@scripts
 def test_ctrl_c_in_evaluate_leaves_without_a_traceback(
     script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
