@@ -173,6 +173,7 @@ class Args:
         for name, value in vars(self).items():
             number = value if isinstance(value, int | float) else 0
             refuse(name, not 0 <= number < math.inf, "must be a finite number, not negative")
+            refuse(name, value == "", "is empty; give it a value or leave it out")
             refuse(name, name in counts and value < 1, "must be at least 1")
             refuse(name, name in fractions and value > 1, "must be at most 1")
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
@@ -212,7 +213,7 @@ class Args:
 @contextlib.contextmanager
 def env_errors(env_id: str) -> Iterator[None]:
     """Turn whatever fails while an environment is built into one line that names it."""
-    atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
+    atari = env_id.removeprefix("ale_py:").startswith("ALE/") or "NoFrameskip" in env_id
     try:
         if atari and SCRIPT != "ppo_atari":
             raise ValueError("For Atari games use ppo_atari.py.")
@@ -286,13 +287,14 @@ class ScaleAction(gym.vector.VectorActionWrapper):
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
         super().__init__(envs)
         self.low, self.high = envs.single_action_space.low, envs.single_action_space.high
-        bounded = np.isfinite(self.low) & np.isfinite(self.high)
+        bounded = (self.low > -1e6) & (self.high < 1e6)  # what lies beyond stands for no bound
         low, high = np.where(bounded, self.low, -1.0), np.where(bounded, self.high, 1.0)
         self.center, self.half_range = 0.5 * low + 0.5 * high, 0.5 * high - 0.5 * low
 
     def actions(self, actions: np.ndarray) -> np.ndarray:
         scaled = self.center + self.half_range * actions
-        return scaled.clip(self.low, self.high).astype(self.single_action_space.dtype)
+        scaled, dtype = scaled.clip(self.low, self.high), self.single_action_space.dtype
+        return (scaled.round() if dtype.kind in "iu" else scaled).astype(dtype)
 
 
 # >>> shared: statistics
@@ -613,8 +615,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
 
     T, N = args.num_steps, envs.num_envs
     B = T * N
-    uint8 = envs.single_observation_space.dtype == np.uint8
-    obs_dtype = torch.uint8 if uint8 else torch.float32
+    obs_dtype = torch.uint8 if envs.single_observation_space.dtype == np.uint8 else torch.float32
     next_obs, _ = envs.reset(seed=run.seed if args.resume else args.seed + rank * N)
     next_obs = torch.as_tensor(next_obs, dtype=obs_dtype, device=device)  # (N, ...)
     carry = torch.zeros(N, device=device)  # discounted sums of the episodes under way
@@ -709,8 +710,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
 
         # ---- Phase 5: record, means over all minibatches (detail 12)
         for name in minibatches[0]:
-            mean = torch.stack([stats[name] for stats in minibatches]).mean()
-            metrics[f"losses/{name}"] = mean.item()
+            metrics[f"losses/{name}"] = torch.stack([x[name] for x in minibatches]).mean().item()
         check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
         metrics["losses/explained_variance"] = explained.item()
         if args.norm_obs:
@@ -846,9 +846,9 @@ class Run:
         self.wall_time = now - self.began
         self.sps = self.global_step / self.wall_time
         mean_return, mean_length = np.mean(self.episodes or [(np.nan, np.nan)], axis=0).tolist()
-        spec = gym.registry.get(args.env_id.split(":")[-1])
-        threshold = spec.reward_threshold if spec and spec.reward_threshold else math.inf
-        if self.solved_at_step is None and len(self.episodes) == 100 and mean_return >= threshold:
+        threshold = getattr(gym.registry.get(args.env_id.split(":")[-1]), "reward_threshold", None)
+        solved = threshold is not None and len(self.episodes) == 100 and mean_return >= threshold
+        if solved and self.solved_at_step is None:
             self.solved_at_step = self.global_step
         row = metrics | {"global_step": self.global_step, "charts/SPS": round(self.sps)}
         row |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
@@ -937,7 +937,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
             reason = "It holds something else."
         own = file.with_name("script.py")
         reason += f" The run's own script is {own}." if own.exists() else ""
-        raise ValueError(f"{file}: is no checkpoint for this script. {reason}") from error
+        raise ValueError(f"--resume/--evaluate {file}: cannot be used. {reason}") from error
     return checkpoint
 
 
@@ -1048,8 +1048,8 @@ def evaluate_checkpoint(args: Args, unset: Args) -> None:
         agent = Agent(envs)
     load_state(agent, load_checkpoint(args.evaluate)["agent"])
     result = evaluate(agent.to("cuda" if args.cuda else "cpu"), args, video_folder(args))
+    print(*(f"{name}={result[name]}" for name in EVALUATION), flush=True)
     write(Path(args.run_dir, "evaluation.json"), json.dumps(result, indent=2).encode())
-    print(*(f"{name}={result[name]}" for name in EVALUATION))
 
 
 def main() -> None:
@@ -1060,7 +1060,7 @@ def main() -> None:
             unset = Args(**load_checkpoint(path)["args"])
             args = tyro.cli(Args, default=unset)
         evaluate_checkpoint(args, unset) if args.evaluate else train(args, unset)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: nothing can be written into the folder
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:

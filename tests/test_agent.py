@@ -496,6 +496,33 @@ def test_actions_are_stretched_to_their_bounds_and_clipped(
     np.testing.assert_allclose(got, expected)
 
 
+HUGE = np.finfo(np.float32).max
+
+
+@CONTINUOUS
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        (Box(0, 3, (5,), np.int64), [0, 1, 2, 2, 3]),  # of 0, 0.9, 1.65, 2.1, 3
+        (Box(-HUGE, HUGE, (5,), np.float32), [-1, -0.4, 0.1, 0.4, 1]),
+    ],
+    ids=["whole", "huge"],
+)
+def test_whole_numbers_are_rounded_and_huge_bounds_are_none(
+    script: ModuleType, space: Box, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = gym.envs.registration.EnvSpec("Echo-v0", entry_point=Echo)
+    monkeypatch.setitem(gym.registry, "Echo-v0", spec)
+    monkeypatch.setattr(Echo, "action_space", space)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # overflow, say
+        envs = script.make_envs(script.Args(env_id="Echo-v0"), num_envs=1)
+        envs.reset(seed=0)
+        got = envs.step(np.array([[-1, -0.4, 0.1, 0.4, 1]], np.float32))[0]
+    envs.close()
+    np.testing.assert_allclose(got[0], expected)
+
+
 def test_rollout_and_update_share_the_policy(
     agent: nn.Module, observe: Observe, shake: Shake, monkeypatch: pytest.MonkeyPatch
 ) -> None:

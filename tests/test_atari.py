@@ -715,6 +715,12 @@ def test_the_siblings_name_this_script(script: ModuleType, env_id: str, tmp_path
     assert "ppo_atari.py" in error
 
 
+def test_the_module_of_an_id_may_be_named() -> None:
+    envs = make(env_id="ale_py:ALE/Pong-v5")
+    assert envs.reset(seed=1)[0].shape[1:] == (4, 84, 84)
+    envs.close()
+
+
 def test_observation_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match="--norm-obs"):
         make(norm_obs=True)

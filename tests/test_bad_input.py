@@ -123,6 +123,7 @@ TABLE = [
     Bad("--env-id envs:Constant-v0 --capture-video", "envs:Constant-v0 render", script=ppo),
     Bad("--env-id envs:ConstantBox-v0 --capture-video", "render", script=ppo_continuous),
     Bad("--env-id ALE/Breakout-v5", "ALE/Breakout-v5 ppo_atari.py"),
+    Bad("--env-id ale_py:ALE/Breakout-v5", "ale_py:ALE/Breakout-v5 ppo_atari.py"),
     Bad("--env-id BreakoutNoFrameskip-v4", "BreakoutNoFrameskip-v4 ppo_atari.py"),
     # folders
     Bad("--run-dir {full}"),
@@ -130,8 +131,11 @@ TABLE = [
     Bad("--run-dir {file}/below"),
     Bad("--run-dir /proc/no/such"),
     # checkpoints
-    Bad("--resume {nowhere}", "{nowhere}"),
-    Bad("--evaluate {nowhere}", "{nowhere}"),
+    Bad("--resume {nowhere}", "--resume {nowhere} directory"),
+    Bad("--evaluate {nowhere}", "--evaluate {nowhere} directory"),
+    Bad("--resume=", "--resume empty"),
+    Bad("--evaluate=", "--evaluate empty"),
+    Bad("--run-dir=", "--run-dir empty"),
     Bad("--resume {empty}", "{empty}"),
     Bad("--evaluate {full}", "{full}"),
     Bad("--resume {own} --evaluate {own}", "--evaluate --resume"),

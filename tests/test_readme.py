@@ -206,6 +206,7 @@ def test_documented_flags_are_those_of_the_benchmarks(benchmark_module: Import) 
         "Acrobot-v1": sweep.ACROBOT,
         "MountainCar-v0": sweep.MOUNTAIN_CAR,
         "Swimmer-v5": sweep.SWIMMER,
+        "Ant-v5": sweep.ANT,
         "Pendulum-v1": sweep.PENDULUM,
         "LunarLander-v3": sweep.LUNAR_LANDER,
         "PongNoFrameskip-v4": sweep.PONG,

@@ -667,6 +667,28 @@ def test_ctrl_c_in_evaluate_leaves_without_a_traceback(
 
 
 @scripts
+def test_evaluate_says_the_score_before_it_fails_to_write(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    run_main: Main,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = script.train(tiny(script))
+
+    def read_only(path: Path, content: bytes) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(script, "write", read_only)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, "--evaluate", folder, "--eval-episodes", 1)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "eval_return_mean=" in out
+    assert err.startswith("error: ") and err.count("\n") == 1 and "evaluation.json" in err
+
+
+@scripts
 def test_an_environment_that_fails_in_evaluate_shows_where(
     script: ModuleType, run_main: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -641,10 +641,12 @@ def test_device_is_recorded(script: ModuleType) -> None:
     assert "device" in config or config["cuda"] is False
 
 
-def test_solved_at_step_is_the_first_mean_of_100_above_the_threshold() -> None:
+@pytest.mark.parametrize("threshold", [4.5, 0.0])
+def test_solved_at_step_is_the_first_mean_of_100_above_the_threshold(threshold: float) -> None:
     """FrozenLake's threshold of 0.7 is met at once by an environment that always pays 1."""
-    gym.register("Easy-v0", "envs:Constant", reward_threshold=4.5, max_episode_steps=5)
-    folder = ppo.train(tiny(ppo, env_id="Easy-v0", total_timesteps=1024))
+    env_id = f"Easy-{threshold:.0f}-v0"
+    gym.register(env_id, "envs:Constant", reward_threshold=threshold, max_episode_steps=5)
+    folder = ppo.train(tiny(ppo, env_id=env_id, total_timesteps=1024))
     episodes = read_csv(f"{folder}/episodes.csv")
     hundredth = int(episodes[99]["global_step"])
     solved = json.loads(Path(folder, "summary.json").read_text())["solved_at_step"]

@@ -66,6 +66,7 @@ SWIMMER = (
     "--num-envs 4 --num-steps 1024 --num-minibatches 16 --learning-rate 6e-4 --gamma 0.9999 "
     "--gae-lambda 0.98"
 )
+ANT = "--gamma 0.99 --num-minibatches 8 --no-norm-obs"
 PENDULUM = (
     "--total-timesteps 200000 --num-envs 16 --num-steps 128 --learning-rate 1e-3 "
     "--final-lr-fraction 0 --gamma 0.95"
@@ -147,6 +148,12 @@ EXPERIMENTS = {
             "no-contact-forces": GAMMA,
         },
         edits=NO_STD_FLOOR | {"no-contact-forces": NO_CONTACT_FORCES},
+    ),
+    "larger_minibatches": Experiment(
+        "ppo_continuous.py",
+        seeds=3,
+        envs={"Ant-v5": "", "Humanoid-v5": ""},
+        settings={"256": "--num-minibatches 8", "256-no-obs-norm": ANT},
     ),
     "pendulum": Experiment(
         "ppo_continuous.py",
