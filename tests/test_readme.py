@@ -289,10 +289,14 @@ def test_tables_and_patches_are_those_of_their_files() -> None:
     assert blocks == {path.stem for path in MODIFICATIONS.glob("*.patch")}
 
 
+MY_ENVS = {"my_envs": "class Corridor", "my_ant": "BlindAnt-v5"}  # and what marks their code
+
+
 def write_my_envs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's my_envs.py, in the current folder as its reader has it."""
-    (text,) = (text for kind, text in CODE if kind == "python" and "class Corridor" in text)
-    (folder / "my_envs.py").write_text(text)
+    """The README's my_envs.py and my_ant.py, in the current folder as its reader has them."""
+    for name, mark in MY_ENVS.items():
+        (text,) = (text for kind, text in CODE if kind == "python" and mark in text)
+        (folder / f"{name}.py").write_text(text)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
 
@@ -305,8 +309,9 @@ def test_python_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     folder = ppo.train(ppo.Args(env_id="CartPole-v1", run_dir="run", **TINY))
     namespace: dict[str, object] = {}
     write_my_envs(tmp_path, monkeypatch)
-    blocks = [text for kind, text in CODE if kind == "python" and "class Corridor" not in text]
-    assert len(blocks) == 6
+    blocks = [text for kind, text in CODE if kind == "python"]
+    blocks = [text for text in blocks if not any(mark in text for mark in MY_ENVS.values())]
+    assert len(blocks) == 5
     for text in blocks:
         text = text.replace("runs/FOLDER", folder).replace("50_000", "512")
         exec(text.replace("100_000", "768"), namespace)
@@ -316,7 +321,7 @@ def test_python_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert Path("returns.png").stat().st_size > 1000
     rows = Path(namespace["folder"], "metrics.csv").read_text().splitlines()
     assert rows[-1].startswith("768,")
-    assert gym.make("BlindAnt-v5").observation_space.shape == (27,), "Ant-v5 has 105"
+    assert gym.make("my_ant:BlindAnt-v5").observation_space.shape == (27,), "Ant-v5 has 105"
 
 
 # ---- modifications
