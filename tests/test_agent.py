@@ -472,19 +472,25 @@ class Echo(gym.Env):
         return action, 0.0, False, False, {}
 
 
+def echo(script: ModuleType, actions: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """What environments get of the actions, a row each; nothing may warn on the way."""
+    spec = gym.envs.registration.EnvSpec("Echo-v0", entry_point=Echo)
+    monkeypatch.setitem(gym.registry, "Echo-v0", spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # infinity - infinity, or overflow
+        envs = script.make_envs(script.Args(env_id="Echo-v0"), num_envs=len(actions))
+        envs.reset(seed=0)
+        got = envs.step(actions.astype(np.float32))[0]
+    envs.close()
+    return got
+
+
 @CONTINUOUS
 def test_actions_are_stretched_to_their_bounds_and_clipped(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = gym.envs.registration.EnvSpec("Echo-v0", entry_point=Echo)
-    monkeypatch.setitem(gym.registry, "Echo-v0", spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # infinity - infinity, say
-        envs = script.make_envs(script.Args(env_id="Echo-v0"), num_envs=6)
-    envs.reset(seed=0)
     actions = np.repeat([[-3.0], [-1.0], [-0.5], [0.0], [1.0], [3.0]], 5, axis=1)
-    got = envs.step(actions.astype(np.float32))[0]
-    envs.close()
+    got = echo(script, actions, monkeypatch)
     expected = [
         [0, -2, -1, -3, 0],
         [0, -2, -1, -1, 0],
@@ -511,15 +517,8 @@ HUGE = np.finfo(np.float32).max
 def test_whole_numbers_are_rounded_and_huge_bounds_are_none(
     script: ModuleType, space: Box, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = gym.envs.registration.EnvSpec("Echo-v0", entry_point=Echo)
-    monkeypatch.setitem(gym.registry, "Echo-v0", spec)
     monkeypatch.setattr(Echo, "action_space", space)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # overflow, say
-        envs = script.make_envs(script.Args(env_id="Echo-v0"), num_envs=1)
-        envs.reset(seed=0)
-        got = envs.step(np.array([[-1, -0.4, 0.1, 0.4, 1]], np.float32))[0]
-    envs.close()
+    got = echo(script, np.array([[-1, -0.4, 0.1, 0.4, 1]]), monkeypatch)
     np.testing.assert_allclose(got[0], expected)
 
 

@@ -633,7 +633,7 @@ def test_a_signal_after_the_evaluation_leaves_a_finished_run(
 
     def interrupted(path: Path, content: bytes) -> None:
         if path.name == "summary.json":
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # in this thread, at once
         write(path, content)
 
     monkeypatch.setattr(script, "write", interrupted)
