@@ -399,7 +399,7 @@ class Agent(nn.Module):
         """(N, 4, 84, 84) -> (N, 512); pixels are scaled to [0, 1] (detail 22)."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            pixels = obs.to(dtype, memory_format=torch.channels_last).div_(255)
+            pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype).div_(255)
             return self.network(pixels).float()
 
     def get_dist(self, obs: Tensor) -> Tensor:
@@ -574,14 +574,14 @@ def estimate_values(
     return values[:-1], next_values
 
 
-def average_gradients(agent: Agent) -> None:
-    """Average the gradients over all processes of torchrun, in one collective call."""
-    if distributed.is_initialized():
-        gradients = [x.grad for x in agent.parameters() if x.grad is not None]
-        mean = all_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = mean.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))  # in place: Adam relies on the memory format
+def join_gradients(agent: Agent) -> Tensor:
+    """One tensor, (P,), that holds all gradients: each parameter's .grad becomes a part of it."""
+    parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    sizes = [parameter.numel() for parameter in parameters]
+    gradients = torch.zeros(sum(sizes), device=parameters[0].device)
+    for parameter, part in zip(parameters, gradients.split(sizes), strict=True):
+        parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+    return gradients
 
 
 def check_finite(**tensors: Tensor) -> None:
@@ -605,7 +605,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     reward_stats = RunningMeanStd().to(device)
     # The files, and what resuming restores: iteration, global_step, kl_coef, the objects named here
     run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
-    parameters = list(agent.parameters())
+    gradients = join_gradients(agent)
     policy, loss_function = agent.get_dist, minibatch_loss
     if args.compile:
         # What changes in a run must be a tensor, as kl_coef is. Each value of a float is compiled
@@ -684,15 +684,15 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
                 batch["values"] = values.flatten()
             if epoch == 0:  # how much of the returns the critic foresaw, before it learns them
                 explained = 1 - (returns - values).var() / returns.var()
-            # ---- Phase 4: update (details 6, 11)
+            # ---- Phase 4: update (detail 6)
             for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
-                mb = {name: x[rows] for name, x in batch.items()}  # (M, ...)
+                mb = {name: x.index_select(0, rows) for name, x in batch.items()}  # (M, ...)
                 loss, stats = loss_function(agent, args, mb, kl_coef)
-                for parameter in parameters:
-                    parameter.grad = None  # as optimizer.zero_grad() does, in less time
+                gradients.zero_()  # not optimizer.zero_grad(), which would forget this tensor
                 loss.backward()
-                average_gradients(agent)
-                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                all_mean(gradients)
+                grad_norm = gradients.norm()  # what is longer than allowed is cut (detail 11)
+                gradients *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                 if not args.cuda:  # a GPU would have to wait for this; it is checked below
                     check_finite(loss=loss, gradient=grad_norm)
                 optimizer.step()

@@ -213,43 +213,56 @@ def test_processes_together_know_what_one_would(
         torch.testing.assert_close(stats.var, whole.var)
 
 
+def test_all_gradients_lie_in_one_tensor(script: ModuleType, agent: nn.Module) -> None:
+    alone = copy.deepcopy(agent)
+    gradients = script.join_gradients(agent)
+    assert gradients.shape == (sum(p.numel() for p in agent.parameters()),)
+
+    def loss(network: nn.Module) -> Tensor:
+        return sum(((k + 1) * p**2).sum() for k, p in enumerate(network.parameters()))
+
+    for _ in range(2):  # not added to what was there before, once it is cleared
+        gradients.zero_()
+        loss(agent).backward()
+        expected = torch.autograd.grad(loss(alone), list(alone.parameters()))
+        torch.testing.assert_close([p.grad for p in agent.parameters()], list(expected))
+    squares = [(x.double() ** 2).sum() for x in expected]
+    torch.testing.assert_close(gradients.norm().double(), sum(squares).sqrt(), rtol=1e-4, atol=0)
+    gradients *= 3
+    torch.testing.assert_close([p.grad for p in agent.parameters()], [3 * x for x in expected])
+    # Fused Adam goes through memory: it mixes up gradients laid out unlike their parameters.
+    assert all(p.grad.stride() == p.stride() for p in agent.parameters())
+
+
 def test_processes_average_their_gradients(
     script: ModuleType, agent: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agents = [agent, copy.deepcopy(agent)]
+    gradients = [script.join_gradients(process) for process in agents]
     expected = [torch.zeros_like(parameter) for parameter in agent.parameters()]
     for process in agents:
         for parameter, mean in zip(process.parameters(), expected, strict=True):
-            parameter.grad = torch.randn_like(parameter)
+            parameter.grad += torch.randn_like(parameter)
             mean += parameter.grad / 2
-    before = [parameter.grad.clone() for parameter in agent.parameters()]
-    script.average_gradients(agent)  # alone: nothing happens
-    assert all(torch.equal(p.grad, x) for p, x in zip(agent.parameters(), before, strict=True))
+    before = gradients[0].clone()
+    script.all_mean(gradients[0])  # alone: nothing happens
+    assert torch.equal(gradients[0], before)
     threads = Threads(2)
     monkeypatch.setattr(script, "distributed", threads)
-    threads.run(lambda rank: script.average_gradients(agents[rank]))
+    threads.run(lambda rank: script.all_mean(gradients[rank]))
     for process in agents:
         torch.testing.assert_close([p.grad for p in process.parameters()], expected)
-        # Fused Adam goes through memory: it mixes up gradients laid out unlike their parameters.
-        assert all(p.grad.stride() == p.stride() for p in process.parameters())
 
 
-def test_a_frozen_network_has_no_gradients_to_average(
-    script: ModuleType, agent: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which a reader may add to Agent; the others' gradients are averaged as without it."""
+def test_a_frozen_network_has_no_gradients(script: ModuleType, agent: nn.Module) -> None:
+    """Which a reader may add to Agent; the others' gradients are joined as without it."""
     agent.frozen = nn.Linear(2, 3).requires_grad_(False)
-    agents = [agent, copy.deepcopy(agent)]
-    for rank, process in enumerate(agents):
-        for parameter in process.parameters():
-            parameter.grad = torch.full_like(parameter, rank) if parameter.requires_grad else None
-    threads = Threads(2)
-    monkeypatch.setattr(script, "distributed", threads)
-    threads.run(lambda rank: script.average_gradients(agents[rank]))
-    for process in agents:
-        assert process.frozen.weight.grad is None
-        learning = [p for p in process.parameters() if p.requires_grad]
-        assert learning and all((p.grad == 0.5).all() for p in learning)
+    gradients = script.join_gradients(agent)
+    gradients += 0.5
+    assert agent.frozen.weight.grad is None
+    learning = [p for p in agent.parameters() if p.requires_grad]
+    assert learning and all((p.grad == 0.5).all() for p in learning)
+    assert len(gradients) == sum(p.numel() for p in learning)
 
 
 # ---- normalize_advantages

@@ -72,8 +72,9 @@ def mathematics(script: ModuleType, share: slice) -> dict[str, Any]:
     flags = {"surrogate": "kl-fixed", "kl_coef": 0.5, "clip_vloss": False, "norm_adv": True}
     args = script.Args(cuda=False, **flags)
     loss, _ = script.minibatch_loss(agent, args, mb, torch.tensor(0.5))
+    joined = script.join_gradients(agent)
     loss.backward()
-    script.average_gradients(agent)
+    script.all_mean(joined)
     gradients = {name: p.grad.clone() for name, p in agent.named_parameters()}
     # As in training, but for an eps that keeps small gradients' rounding errors small.
     torch.optim.Adam(agent.parameters(), lr=1.0, eps=0.1, fused=True).step()
