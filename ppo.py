@@ -236,13 +236,15 @@ def env_errors(env_id: str) -> Iterator[None]:
 
 
 class SyncEnvs(gym.vector.SyncVectorEnv):
-    """reset(options={"reset_mask": mask}) restarts the environments set in mask, and those only.
-
-    gymnasium takes the mask out of the options; wrappers around it need it too, hence a copy.
-    """
+    """reset(options={"reset_mask": mask}) restarts the environments set in mask, and those only."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
-        return super().reset(seed=seed, options=options and dict(options))
+        return super().reset(seed=seed, options=options and dict(options))  # it takes out the mask
+
+    def _add_info(self, infos: dict[str, Any], info: dict[str, Any], i: int) -> dict[str, Any]:
+        # Of info, only final observations are used. Copies: environments may reuse their arrays.
+        final_obs = {name: np.copy(x) for name, x in info.items() if name == "final_obs"}
+        return super()._add_info(infos, final_obs, i)
 
 
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
@@ -263,9 +265,9 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
             env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
             env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=True)
         space = env.observation_space
-        if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
-            return env
-        return gym.wrappers.FlattenObservation(env)  # images, Dict, Tuple; Discrete as one-hot
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)  # images, Dict, Tuple; Discrete as one-hot
+        return env
 
     with env_errors(args.env_id):
         same_step = gym.vector.AutoresetMode.SAME_STEP

@@ -232,13 +232,15 @@ def env_errors(env_id: str) -> Iterator[None]:
 
 
 class SyncEnvs(gym.vector.SyncVectorEnv):
-    """reset(options={"reset_mask": mask}) restarts the environments set in mask, and those only.
-
-    gymnasium takes the mask out of the options; wrappers around it need it too, hence a copy.
-    """
+    """reset(options={"reset_mask": mask}) restarts the environments set in mask, and those only."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
-        return super().reset(seed=seed, options=options and dict(options))
+        return super().reset(seed=seed, options=options and dict(options))  # it takes out the mask
+
+    def _add_info(self, infos: dict[str, Any], info: dict[str, Any], i: int) -> dict[str, Any]:
+        # Of info, only final observations are used. Copies: environments may reuse their arrays.
+        final_obs = {name: np.copy(x) for name, x in info.items() if name == "final_obs"}
+        return super()._add_info(infos, final_obs, i)
 
 
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
@@ -259,9 +261,9 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
             env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
             env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=True)
         space = env.observation_space
-        if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
-            return env
-        return gym.wrappers.FlattenObservation(env)  # Dict, Tuple, images
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, images
+        return env
 
     with env_errors(args.env_id):
         same_step = gym.vector.AutoresetMode.SAME_STEP
@@ -422,8 +424,7 @@ class Agent(nn.Module):
 
     def sample(self, dist: Tensor) -> Tensor:
         mean, log_std = dist.chunk(2, dim=-1)
-        action = mean + log_std.exp() * torch.randn_like(mean)
-        return action.view(-1, *self.action_shape)
+        return (mean + log_std.exp() * torch.randn_like(mean)).view(-1, *self.action_shape)
 
     def log_prob(self, dist: Tensor, action: Tensor) -> Tensor:
         mean, log_std = dist.chunk(2, dim=-1)

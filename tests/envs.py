@@ -48,24 +48,27 @@ class Counter(gym.Env):
     """Observes and pays a count that names every state: 1000 * episode + step of the episode.
 
     Reset gives 1000 * episode; each step adds 1, and its reward is the count it arrives at.
-    Episodes have random lengths and end in either way, sometimes in both at once.
+    Episodes have random lengths and end in either way, sometimes in both at once. As real ones do,
+    it changes the array that it has returned, and has infos of all kinds.
     """
 
     def __init__(self, continuous: bool = False, render_mode: str | None = None) -> None:
         self.observation_space = spaces.Box(0, np.inf, (1,), np.float32)
         self.action_space = one_dimensional(continuous)
         self.episode = 0
+        self.observation = np.zeros(1, np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
         super().reset(seed=seed)
         self.episode += 1
-        self.count = 1000 * self.episode
-        return np.array([self.count], np.float32), {}
+        self.observation[0] = 1000 * self.episode
+        return self.observation, {"state": "new", "episode": {"r": -1.0, "l": 1}}
 
     def step(self, action: Action) -> Step:
-        self.count += 1
+        self.observation += 1
         terminated, truncated = (self.np_random.random(2) < 0.12).tolist()
-        return np.array([self.count], np.float32), float(self.count), terminated, truncated, {}
+        count = float(self.observation[0])
+        return self.observation, count, terminated, truncated, {"state": np.ones(int(count) % 3)}
 
 
 class Timer(gym.Env):
