@@ -270,9 +270,8 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
         return env
 
     with env_errors(args.env_id):
-        same_step = gym.vector.AutoresetMode.SAME_STEP
         env_fns = [lambda i=i: make_env(i) for i in range(num_envs)]
-        envs = SyncEnvs(env_fns, autoreset_mode=same_step)
+        envs = SyncEnvs(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         space, actions = envs.single_observation_space, envs.single_action_space
         if isinstance(actions, gym.spaces.Box):
             raise ValueError(f"Its actions, {actions}, are continuous: use ppo_continuous.py.")
