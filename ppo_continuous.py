@@ -792,15 +792,18 @@ class Run:
         except OSError as error:
             flag = "--resume" if saved else "--run-dir"
             raise ValueError(f"{flag} {self.folder}: {error}") from error
-        stack.push(self.on_exit)
         if args.track:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             names |= {"id": self.wandb_id, "name": self.folder.name, "dir": self.folder}
-            self.wandb = wandb.init(**names, config=config, resume="allow")
+            try:
+                self.wandb = wandb.init(**names, config=config, resume="allow")
+            except Exception as error:  # not logged in, no network
+                raise ValueError(f"--track True: {error}") from error
             self.wandb.define_metric("*", step_metric="global_step")
             self.wandb.save(script, base_path=self.folder, policy="now")
+        stack.push(self.on_exit)
         steps = f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps"
         rows = f"{args.batch_size:,} rows = {args.num_envs} envs x {args.num_steps} steps"
         updates = args.update_epochs * args.num_minibatches
@@ -868,8 +871,7 @@ class Run:
                 print(f"wandb is gone, training goes on: {error}", file=sys.stderr)
         if now >= self.next_save or last:
             self.save()
-            cost = time.time() - now
-            self.next_save = time.time() + 100 * cost  # so it takes 1% of the time
+            self.next_save = now + 101 * (time.time() - now)  # so it takes 1% of the time
         if now >= self.next_line or last:
             terminal = sys.stdout.isatty()
             self.next_line = now + (1 if terminal else 10)
@@ -979,9 +981,8 @@ def evaluate(
         return dict.fromkeys(EVALUATION) | {"eval_episodes": 0}
     envs = make_envs(args, n, videos)
     returns, lengths, playing = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
-    gpus = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(gpus), contextlib.closing(envs):
+        with torch.random.fork_rng([device] * args.cuda), contextlib.closing(envs):
             torch.manual_seed(args.seed)
             obs, _ = envs.reset(seed=args.seed + 1_000_000)
             while playing.any() and lengths.max() < 27_000 and not (run and run.signal):

@@ -513,6 +513,30 @@ def test_a_crash_is_marked_in_wandb_and_a_resumed_run_continues_it(
     assert tracker.options["resume"]
 
 
+@scripts
+def test_a_wandb_that_does_not_start_is_named(
+    script: ModuleType, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: object) -> Tracker:
+        raise RuntimeError("project p is not yours")
+
+    monkeypatch.setattr(tracker, "init", init)
+    with pytest.raises(ValueError, match=r"^--track True: project p is not yours$"):
+        script.train(tiny(script, track=True))
+
+
+@pytest.mark.slow
+def test_tracking_without_an_account_is_refused(tmp_path: Path) -> None:
+    environ = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)}
+    argv = [*flags(ppo, run_dir=tmp_path / "run"), "--track"]
+    process = start(ppo, argv, tmp_path / "out", environ)
+    process.join(120)
+    assert process.exitcode == 2
+    err = (tmp_path / "out" / "stderr").read_text()
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: --track True: ") and "wandb login" in err
+
+
 @pytest.mark.slow
 @scripts
 def test_wandb_offline(script: ModuleType, tmp_path: Path) -> None:
