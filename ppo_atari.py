@@ -575,12 +575,12 @@ def estimate_values(
 
 
 def join_gradients(agent: Agent) -> Tensor:
-    """One tensor, (P,), that holds all gradients: each parameter's .grad becomes a part of it."""
+    """All gradients as one tensor, (P,), to clear, average and cut at once: .grad are its parts."""
     parameters = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     sizes = [parameter.numel() for parameter in parameters]
     gradients = torch.zeros(sum(sizes), device=parameters[0].device)
     for parameter, part in zip(parameters, gradients.split(sizes), strict=True):
-        parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+        parameter.grad = part.as_strided(parameter.shape, parameter.stride())  # in its layout
     return gradients
 
 
@@ -603,7 +603,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     agent = Agent(envs).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
     reward_stats = RunningMeanStd().to(device)
-    # The files, and what resuming restores: iteration, global_step, kl_coef, the objects named here
+    # Files, a seed for each process; resuming restores the objects named here and run's own numbers
     run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
     gradients = join_gradients(agent)
     policy, loss_function = agent.get_dist, minibatch_loss
@@ -626,7 +626,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         # ---- Phase 1: anneal (detail 4)
         progress = (iteration - 1) / args.num_iterations if args.anneal_lr else 0.0
         learning_rate = args.learning_rate * (1 - progress * (1 - args.final_lr_fraction))
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate  # its only group
         metrics = {"charts/learning_rate": learning_rate, "losses/kl_coef": run.kl_coef}
 
         # ---- Phase 2: rollout (detail 1)
@@ -672,7 +672,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         batch = {name: x.flatten(0, 1) for name, x in batch.items()}
         with torch.no_grad():
             batch["logprobs"] = agent.log_prob(batch["dist"], batch["actions"])
-        minibatches, kl_coef = [], torch.tensor(run.kl_coef, device=device)
+        mb_stats, kl_coef = [], torch.tensor(run.kl_coef, device=device)
         for epoch in range(args.update_epochs):
             # ---- Phase 3: advantages, once or anew before each epoch
             if epoch == 0 or args.recompute_advantages:
@@ -688,16 +688,16 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             for rows in torch.randperm(B, device=device).split(B // args.num_minibatches):
                 mb = {name: x.index_select(0, rows) for name, x in batch.items()}  # (M, ...)
                 loss, stats = loss_function(agent, args, mb, kl_coef)
-                gradients.zero_()  # not optimizer.zero_grad(), which would forget this tensor
+                gradients.zero_()  # (critical: zero_grad() would replace .grad and clip nothing)
                 loss.backward()
                 all_mean(gradients)
-                grad_norm = gradients.norm()  # what is longer than allowed is cut (detail 11)
-                gradients *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-                if not args.cuda:  # a GPU would have to wait for this; it is checked below
+                grad_norm = gradients.norm()  # of actor and critic together
+                gradients *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # (detail 11)
+                if not args.cuda:  # a GPU would have to wait; phase 5 checks its gradients
                     check_finite(loss=loss, gradient=grad_norm)
                 optimizer.step()
-                minibatches.append(stats | {"grad_norm": grad_norm})
-            kls = [stats["approx_kl"] for stats in minibatches[-args.num_minibatches :]]
+                mb_stats.append(stats | {"grad_norm": grad_norm})
+            kls = [stats["approx_kl"] for stats in mb_stats[-args.num_minibatches :]]
             if args.target_kl is not None and all_mean(torch.stack(kls).mean()) > args.target_kl:
                 break
         if args.surrogate == "kl-adaptive":  # [PPO] section 4; the bounds are ours
@@ -709,8 +709,8 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
             run.kl_coef = min(max(run.kl_coef, args.kl_coef / 1000), args.kl_coef * 1000)
 
         # ---- Phase 5: record, means over all minibatches (detail 12)
-        for name in minibatches[0]:
-            metrics[f"losses/{name}"] = torch.stack([x[name] for x in minibatches]).mean().item()
+        for name in mb_stats[0]:
+            metrics[f"losses/{name}"] = torch.stack([x[name] for x in mb_stats]).mean().item()
         check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
         metrics["losses/explained_variance"] = explained.item()
         if args.norm_obs:
@@ -751,7 +751,7 @@ class Run:
         self.folder, self.wandb_id = Path(args.run_dir), os.urandom(8).hex()
         saved = load_checkpoint(args.resume) if args.resume else {}
         for name, module in modules.items() if saved else ():
-            load_state(module, saved[name])
+            load_state(module, saved.get(name))
         vars(self).update(saved.get("progress", {}))
         self.began = time.time() - self.wall_time  # as if there had been no break
         # Seeds of their own for other processes and for the environments of a resumed run
@@ -929,7 +929,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT:
-            raise ValueError("It holds something else.")
+            raise ValueError(f"It does not hold {', '.join(sorted(CHECKPOINT))}.")
         if checkpoint["script"] != SCRIPT:
             raise ValueError(f"It was written by {checkpoint['script']}.py.")
         Args(**checkpoint["args"])
@@ -943,7 +943,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def load_state(module: Any, state: dict[str, Any]) -> None:
+def load_state(module: Any, state: dict[str, Any] | None) -> None:
     try:
         module.load_state_dict(state)
     except Exception as error:

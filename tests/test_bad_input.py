@@ -157,7 +157,7 @@ TABLE = [
     Bad("--evaluate {own} --eval-episodes -3", "--eval-episodes -3"),
     Bad("--evaluate {own} --seed -3", "--seed -3"),
     *(
-        Bad(f"--{way} {{{kind}}}", f"{{{kind}}}")
+        Bad(f"--{way} {{{kind}}}", f"{{{kind}}}" + " agent, args" * kind.startswith("without"))
         for kind in (
             "truncated",
             "nothing",

@@ -113,6 +113,26 @@ def test_resume_of_a_finished_run_only_evaluates(script: ModuleType, run_main: M
 
 
 @scripts
+def test_resume_restores_what_a_reader_adds_and_refuses_what_has_it_not(
+    script: ModuleType, run_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = []
+
+    class More(script.Run):
+        def __init__(self, *args: object, **modules: object) -> None:
+            added.append(torch.nn.Linear(2, 2))
+            super().__init__(*args, **modules, curiosity=added[-1])
+
+    plain = script.train(tiny(script))
+    monkeypatch.setattr(script, "Run", More)
+    folder = script.train(tiny(script))
+    run_main(script, "--resume", folder, "--total-timesteps", 1024)
+    assert torch.equal(added[0].weight, added[1].weight)
+    with pytest.raises(ValueError, match="the checkpoint is for another network"):
+        script.train(script.Args(resume=plain, cuda=False))
+
+
+@scripts
 def test_two_resumes_are_bit_identical(script: ModuleType, run_main: Main) -> None:
     settings = {"norm_obs": True, "norm_reward": True, "eval_episodes": 2}
     settings |= {"surrogate": "kl-adaptive", "num_steps": 64}
