@@ -982,7 +982,7 @@ def evaluate(
     envs = make_envs(args, n, videos)
     returns, lengths, playing = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
     try:
-        with torch.random.fork_rng([device] * args.cuda), contextlib.closing(envs):
+        with torch.random.fork_rng([device] * (device.type == "cuda")), contextlib.closing(envs):
             torch.manual_seed(args.seed)
             obs, _ = envs.reset(seed=args.seed + 1_000_000)
             while playing.any() and lengths.max() < 27_000 and not (run and run.signal):
