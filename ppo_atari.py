@@ -53,12 +53,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
-import gymnasium.utils.save_video
 import numpy as np
 import torch
 import torch.distributed as distributed
 import tyro
 from ale_py.vector_env import AtariVectorEnv
+from gymnasium.utils.save_video import save_video
 from torch import Tensor, nn
 
 SCRIPT = "ppo_atari"  # marks checkpoints, so that copies under other names can read them
@@ -174,14 +174,15 @@ class Args:
             if condition:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {mend}")
 
-        fractions = ("gamma", "gae_lambda", "final_lr_fraction", "sticky_actions")
+        most = dict.fromkeys(("gamma", "gae_lambda", "final_lr_fraction", "sticky_actions"), 1)
+        most |= {"seed": 2_000_000_000, "torch_threads": 1024}
         counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
         for name, value in vars(self).items():
             number = value if isinstance(value, int | float) else 0
             refuse(name, not 0 <= number < math.inf, "must be a finite number, not negative")
             refuse(name, value == "", "is empty; give it a value or leave it out")
             refuse(name, name in counts and value < 1, "must be at least 1")
-            refuse(name, name in fractions and value > 1, "must be at most 1")
+            refuse(name, number > most.get(name, number), f"must be at most {most.get(name, 0):,}")
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
             refuse(name, getattr(self, name) == 0, "must be greater than 0")
         batch = f"the batch of --num-envs x --num-steps = {self.batch_size} rows"
@@ -190,7 +191,6 @@ class Args:
             raise ValueError(f"WORLD_SIZE {processes}: must be a whole number; torchrun sets it")
         processes = int(processes)
         each = f" / {processes} processes" if processes > 1 else ""
-        refuse("seed", self.seed > 2_000_000_000, "must be at most 2,000,000,000")
         refuse("total_timesteps", self.num_iterations < 1, f"is less than {batch}; raise it")
         parts = self.num_minibatches * processes
         refuse("num_minibatches", self.batch_size % parts, f"must divide {batch}{each}")
@@ -294,20 +294,20 @@ class GameStatistics(gym.vector.VectorWrapper):
             infos["episode"] = {"r": self.episode_returns.copy(), "l": self.episode_lengths.copy()}
             infos["_episode"] = ended
             self.episode_returns[ended] = self.episode_lengths[ended] = 0
-        if self.videos is not None:
-            self.film(obs[0, -1], bool(ended[0]))
+        if self.videos is not None and self.games % 10 == 0:  # as the agent sees it
+            self.frames.append(np.repeat(obs[0, -1, ..., None], 3, axis=-1))
+        if ended[0]:
+            self.end_film()
         return obs, np.clip(rewards, -1, 1), terminations, truncations, infos
 
-    def film(self, frame: np.ndarray, ended: bool) -> None:
-        """Write the first game and then every tenth, as the agent sees it."""
-        if self.games % 10 == 0:
-            self.frames.append(np.repeat(frame[..., None], 3, axis=-1))
-        if ended and self.frames:
-            gym.utils.save_video.save_video(
-                self.frames, str(self.videos), lambda game: True, episode_index=self.games, fps=15
-            )
-        if ended:
-            self.frames, self.games = [], self.games + 1
+    def end_film(self) -> None:
+        if self.frames:
+            save_video(self.frames, self.videos, lambda _: True, episode_index=self.games, fps=15)
+        self.frames, self.games = [], self.games + 1
+
+    def close(self, **kwargs: Any) -> None:
+        self.end_film()  # of a game still under way
+        super().close(**kwargs)
 
 
 # >>> shared: statistics
@@ -800,7 +800,7 @@ class Run:
             try:
                 self.wandb = wandb.init(**names, config=config, resume="allow")
             except Exception as error:  # not logged in, no network
-                raise ValueError(f"--track True: {error}") from error
+                raise ValueError(f"--track True: {' '.join(f'{error}'.split())}") from error
             self.wandb.define_metric("*", step_metric="global_step")
             self.wandb.save(script, base_path=self.folder, policy="now")
         stack.push(self.on_exit)
@@ -885,9 +885,8 @@ class Run:
     def save(self) -> None:
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {name: file.tell() for name, file in self.files.items()}
-        state |= {"progress": {name: getattr(self, name) for name in PROGRESS}}
-        state |= {"script": SCRIPT, "args": vars(self.args) | {"resume": None}}
-        state |= {"rng": torch.get_rng_state()}
+        state |= {"progress": {name: getattr(self, name) for name in PROGRESS}, "script": SCRIPT}
+        state |= {"args": vars(self.args) | {"resume": None}, "rng": torch.get_rng_state()}
         state |= {"cuda_rng": torch.cuda.get_rng_state()} if self.args.cuda else {}
         buffer = io.BytesIO()
         torch.save(state, buffer)

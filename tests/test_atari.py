@@ -646,6 +646,24 @@ def test_videos_of_training_and_evaluation(limit: Limit, monkeypatch: pytest.Mon
     assert len(list(folder.glob("videos/*/*.mp4"))) == 1
 
 
+@pytest.mark.parametrize(("steps", "films"), [(6, [6]), (17, [10]), (106, [10, 6])])
+def test_a_film_ends_with_its_game_or_with_the_run(
+    steps: int, films: list[int], limit: Limit, tmp_path: Path
+) -> None:
+    limit(num_threads=1, max_num_frames_per_episode=40)  # games of 10 steps
+    envs = ppo_atari.make_envs(ppo_atari.Args(), 1, tmp_path)
+    envs.reset(seed=1)
+    for _ in range(steps):
+        envs.step(np.zeros(1, dtype=int))
+    envs.close()
+    lengths = []
+    for path in sorted(tmp_path.glob("*.mp4")):  # episode-0, episode-10
+        film = cv2.VideoCapture(str(path))
+        lengths.append(film.get(cv2.CAP_PROP_FRAME_COUNT))
+        film.release()
+    assert lengths == pytest.approx(films, abs=1)  # the encoder may drop a last frame
+
+
 def test_only_frames_of_filmed_games_are_kept(limit: Limit, tmp_path: Path) -> None:
     limit(num_threads=1, max_num_frames_per_episode=40)
     envs = ppo_atari.make_envs(ppo_atari.Args(), 1, tmp_path)

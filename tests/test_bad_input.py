@@ -83,6 +83,7 @@ TABLE = [
     Bad("--surrogate kl-adaptive --kl-target -0.01", "--kl-target -0.01"),
     Bad("--seed -1"),
     Bad("--seed 36893488147419103232", "--seed"),
+    Bad("--torch-threads 1025", "--torch-threads 1025 1,024"),
     Bad("--torch-threads -1"),
     Bad("--eval-episodes -1"),
     Bad("--final-lr-fraction 1.5"),

@@ -538,7 +538,7 @@ def test_a_wandb_that_does_not_start_is_named(
     script: ModuleType, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def init(**options: object) -> Tracker:
-        raise RuntimeError("project p is not yours")
+        raise RuntimeError("project p\n  is not yours\n")
 
     monkeypatch.setattr(tracker, "init", init)
     with pytest.raises(ValueError, match=r"^--track True: project p is not yours$"):
