@@ -531,8 +531,7 @@ def minibatch_loss(
     clip_coef = args.clip_coef if args.surrogate == "clip" else None
     clips = {"clip_coef": clip_coef, "vf_clip_coef": args.clip_coef if args.clip_vloss else None}
     weights = {"vf_coef": args.vf_coef, "ent_coef": args.ent_coef, "kl_coef": kl_coef}
-    penalty = args.surrogate.startswith("kl")
-    kl = agent.kl(mb["dist"], agent.get_dist(mb["obs"])) if penalty else None
+    kl = agent.kl(mb["dist"], agent.get_dist(mb["obs"])) if "kl" in args.surrogate else None
     return ppo_loss(*rows, entropies, kl=kl, **clips, **weights)
 
 

@@ -3,6 +3,9 @@
 import itertools
 import json
 import os
+import platform
+import resource
+import statistics
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -685,6 +688,20 @@ def test_catch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     returns = column(folder, "charts/episodic_return")
     assert returns[0] < 0
     assert json.loads(Path(folder, "summary.json").read_text())["eval_return_mean"] > 0.9
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+def test_minibatches_reuse_their_memory() -> None:
+    """Without the limits that the script sets, each has some 8,000 pages of memory to fetch."""
+    with closing(make()) as envs:
+        agent = ppo_atari.Agent(envs)
+    obs = torch.randint(256, (128, 4, 84, 84), dtype=torch.uint8)
+    faults = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        agent.get_value(obs).mean().backward()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert statistics.median(faults[3:]) < 1000
 
 
 # ---- bad input
