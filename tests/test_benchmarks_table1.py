@@ -1,4 +1,4 @@
-"""The normalised score of tests/benchmarks/sweep.py, against a case worked by hand."""
+"""tests/benchmarks/sweep.py: the normalised score, against a case worked by hand; two at once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,3 +64,21 @@ def test_runs_of_another_experiment_stand_beside_own_ones_only(
     runs, unfinished = sweep.load_runs(sweep.EXPERIMENTS["table1"], tmp_path / "table1")
     assert runs == [run("Hopper-v5", "none", 2, 0.0), run("Hopper-v5", "clip-0.2", 2, 0.0)]
     assert unfinished == []
+
+
+def test_two_sweeps_may_write_the_script_at_once(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, replace = tmp_path / "ppo.py", Path.replace
+
+    def replace_second(temporary: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        with monkeypatch.context() as other_process:
+            other_process.setattr("os.getpid", lambda: 0)
+            sweep.write_script(path, "text")
+        return replace(temporary, target)
+
+    monkeypatch.setattr(Path, "replace", replace_second)
+    sweep.write_script(path, "text")
+    assert path.read_text() == "text"
+    assert list(tmp_path.iterdir()) == [path]

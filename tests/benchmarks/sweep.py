@@ -364,10 +364,11 @@ def edited(experiment: Experiment, setting: str) -> str:
 
 
 def write_script(path: Path, text: str) -> None:
-    """At once, as a run may be reading it."""
+    """At once, as a run may be reading it and another sweep writing it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(text)
-    path.with_suffix(".tmp").replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def load_script(path: Path) -> ModuleType:
