@@ -1019,8 +1019,8 @@ def train(args: Args, unset: Args | None = None) -> str:
             distributed.init_process_group("nccl" if args.cuda else "gloo")
         agent, run = ppo(args, stack)
         if distributed.is_initialized():
-            distributed.barrier()  # leave together
-            distributed.destroy_process_group()  # not after an error: NCCL would wait
+            distributed.barrier(device_ids=[torch.cuda.current_device()] if args.cuda else None)
+            distributed.destroy_process_group()  # together; not after an error: NCCL would wait
         if run.rank == 0 and not run.signal:
             result = evaluate(agent, args, run=run)
         if run.signal:  # one that comes later finds the run finished

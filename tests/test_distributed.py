@@ -189,6 +189,18 @@ def test_resume(trained: Trained) -> None:
     assert any(not torch.equal(x, before["agent"][key]) for key, x in after["agent"].items())
 
 
+def test_two_gpus_have_the_numbers_of_two_cpus(trained: Trained, tmp_path: Path) -> None:
+    """Simulated ones: what NCCL gets are tensors of the GPU, and it has nothing to warn of."""
+    name, folder = trained
+    settings = json.dumps(SETTINGS[name] | {"script": name, "cuda": True})
+    assert finish(torchrun(tmp_path, DRIVER, "training", settings)) == 0
+    assert "Warning" not in (tmp_path / "stderr").read_text()
+    for here, there in zip(ranks(folder), ranks(tmp_path), strict=True):
+        assert torch.equal(here["actions"], there["actions"])
+        for key, x in here["agent"].items():
+            assert torch.equal(x, there["agent"][key]), key
+
+
 # ---- faults
 
 

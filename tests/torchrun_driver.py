@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
+from simulated_gpu import simulated_gpu
 from torch import Tensor
 
 ROWS, PROCESSES = 32, 2
@@ -128,7 +129,9 @@ def main() -> None:
     task, settings = sys.argv[1], json.loads(sys.argv[2])
     rank = int(os.environ["RANK"])
     if task == "training":
-        result = training(importlib.import_module(settings.pop("script")), settings)
+        script = importlib.import_module(settings.pop("script"))
+        with simulated_gpu() if settings["cuda"] else contextlib.nullcontext():
+            result = training(script, settings)
     else:
         dist.init_process_group("gloo")
         share = slice(rank, None, PROCESSES)
