@@ -41,6 +41,8 @@ SETTINGS = {
     },
 }
 numbers = itertools.count()
+# For what is the same code in all scripts, and slow with pixels
+few_numbers = pytest.mark.parametrize("script", ["ppo", "ppo_continuous"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +137,11 @@ def test_the_simulated_gpu_counts_what_must_wait(code: str, waits: int) -> None:
 # ---- the scripts
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("script", "setting"),
+    [*itertools.product(("ppo", "ppo_continuous"), SETTINGS), ("ppo_atari", "more")],
+    indirect=["script"],
+)
 def test_a_run_on_a_gpu_has_the_numbers_of_the_cpu(script: ModuleType, setting: str) -> None:
     """Everything lies where it is computed, and is what it is without a GPU."""
     here = script.train(short(script, cuda=False, **SETTINGS[setting]))
@@ -178,6 +184,7 @@ def test_an_update_does_not_wait_for_the_gpu(script: ModuleType) -> None:
     assert one.waits == many.waits
 
 
+@few_numbers
 def test_a_run_goes_on_with_or_without_the_gpu(script: ModuleType) -> None:
     """The random numbers of the GPU are saved and restored; the rest may change its device."""
     start, first = on_gpu(script, eval_episodes=0)
@@ -203,6 +210,7 @@ def test_a_run_goes_on_with_or_without_the_gpu(script: ModuleType) -> None:
     assert results[0] == results[1]
 
 
+@few_numbers
 def test_a_fault_of_an_update_on_the_gpu_is_named(script: ModuleType) -> None:
     """After the iteration, as looking at each minibatch would make the CPU wait."""
     with pytest.raises(RuntimeError, match="iteration 1, after step 24: .*gradient is NaN"):
@@ -210,7 +218,7 @@ def test_a_fault_of_an_update_on_the_gpu_is_named(script: ModuleType) -> None:
     assert metrics("broken") == []
 
 
-@pytest.mark.parametrize("script", ["ppo", "ppo_continuous"], indirect=True)
+@few_numbers
 def test_a_fault_of_an_environment_is_named(script: ModuleType) -> None:
     env_id = ENV_IDS[script.__name__].replace("Timer", "Bad").replace("-v0", "-obs-v0")
     messages = []
