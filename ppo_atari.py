@@ -207,7 +207,9 @@ class Args:
         ):
             given = getattr(self, name) != getattr(Args, name)
             refuse(name, given and not used and not self.resume, f"has no effect without {needs}")
-        refuse("cuda", self.cuda and not torch.cuda.is_available(), "no such device; try --no-cuda")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        few = gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+        refuse("cuda", self.cuda and few, f"each process needs one, {gpus} are here; try --no-cuda")
         tracks = self.track and not self.evaluate
         refuse("track", tracks and not importlib.util.find_spec("wandb"), "pip install wandb")
         refuse("evaluate", self.evaluate and self.resume, "does not go with --resume")
@@ -596,6 +598,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cuda.matmul.allow_tf32 = args.compile  # the compiler for GPUs warns without it
     torch.manual_seed(args.seed)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     envs = make_envs(args, args.num_envs // world_size, None if rank else video_folder(args))
@@ -670,8 +673,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         # (T, N, ...) -> (B, ...)
         batch = {"obs": obs, "actions": actions, "dist": old_dist}
         batch = {name: x.flatten(0, 1) for name, x in batch.items()}
-        with torch.no_grad():
-            batch["logprobs"] = agent.log_prob(batch["dist"], batch["actions"])
+        batch["logprobs"] = agent.log_prob(batch["dist"], batch["actions"]).detach()
         mb_stats, kl_coef = [], torch.tensor(run.kl_coef, device=device)
         for epoch in range(args.update_epochs):
             # ---- Phase 3: advantages, once or anew before each epoch

@@ -137,6 +137,7 @@ def simulated_gpu() -> Iterator[Operations]:
 
     functions = {
         "is_available": lambda: True,
+        "device_count": lambda: 2,
         "_lazy_init": lambda: None,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": set_rng_state,

@@ -387,8 +387,24 @@ def test_cuda_where_there_is_none(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one without a working driver
     line = refusal(script, [*BASE[script], "--cuda"], monkeypatch, capsys)
-    assert "--cuda" in line and "--no-cuda" in line
+    assert "--cuda" in line and "0 are here" in line and "--no-cuda" in line
+
+
+@scripts
+def test_cuda_with_fewer_gpus_than_processes(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The two of a machine; another machine has its own."""
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    line = refusal(script, [*BASE[script], "--cuda"], monkeypatch, capsys)
+    assert "--cuda" in line and "1 are here" in line and "--no-cuda" in line
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    script.Args(num_envs=8, cuda=True).check()
 
 
 @scripts

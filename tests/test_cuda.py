@@ -230,3 +230,17 @@ def test_a_fault_of_an_environment_is_named(script: ModuleType) -> None:
             )
         messages.append(str(fault.value).replace(f" {folder}", ""))
     assert messages[0] == messages[1] and "observation[" in messages[0]
+
+
+@few_numbers
+def test_the_compiler_has_nothing_to_warn_of(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks for TF32 wherever a GPU has it; without --compile, products stay as exact as ever."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    for compiles in (True, False):
+        on_gpu(script, compile=compiles, total_timesteps=24, eval_episodes=0)
+        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == compiles
+        assert torch.backends.cuda.matmul.allow_tf32 == compiles
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+        assert torch.get_float32_matmul_precision() == ("high" if compiles else "highest")

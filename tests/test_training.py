@@ -680,3 +680,25 @@ def test_explained_variance_is_the_critic_before_it_learns(
         values, returns = args[1].numpy(), returns.numpy()
         share = np.var(returns - values) / np.var(returns)  # what is left unexplained
         assert logged == pytest.approx(1 - share, abs=1e-4)
+
+
+@scripts
+def test_log_probabilities_of_the_rollout_are_constants(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they depend on parameters beyond what `dist` says, as a reader's agent may."""
+
+    class Scaled(script.Agent):
+        def __init__(self, envs: gym.vector.VectorEnv) -> None:
+            super().__init__(envs)
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def log_prob(self, dist: Tensor, action: Tensor) -> Tensor:
+            return self.scale * super().log_prob(dist, action)
+
+    monkeypatch.setattr(script, "Agent", Scaled)
+    losses = spy(monkeypatch, script, "minibatch_loss")
+    script.train(tiny(script, total_timesteps=64))
+    assert len(losses) == 4
+    assert all(not args[2]["logprobs"].requires_grad for args, _, _ in losses)
+    assert losses[0][2][1]["approx_kl"].abs() < 1e-6
