@@ -201,6 +201,20 @@ def test_two_gpus_have_the_numbers_of_two_cpus(trained: Trained, tmp_path: Path)
             assert torch.equal(x, there["agent"][key]), key
 
 
+def test_a_compiled_loss_averages_too(tmp_path: Path) -> None:
+    """Advantages are normalised over all processes inside of what is compiled."""
+    settings = SETTINGS["ppo"] | {"script": "ppo", "total_timesteps": 64, "eval_episodes": 0}
+    agents = []
+    for name, compiles in (("plain", False), ("compiled", True)):
+        words = json.dumps(settings | {"compile": compiles})
+        assert finish(torchrun(tmp_path / name, DRIVER, "training", words)) == 0
+        first, second = (rank["agent"] for rank in ranks(tmp_path / name))
+        assert all(torch.equal(x, second[key]) for key, x in first.items())
+        agents.append(first)
+    for key, x in agents[0].items():
+        torch.testing.assert_close(agents[1][key], x, rtol=1e-3, atol=1e-4)
+
+
 # ---- faults
 
 
