@@ -3,8 +3,8 @@
 Inside of `simulated_gpu()`, "cuda" is there for this process. Its tensors wrap CPU tensors, which
 do the work; an operation that mixes both kinds is an error, as it is with CUDA. What the CPU would
 have to wait for, copies to it and sizes that depend on the data, is kept in `waits`. The random
-numbers are the CPU's own, so a run must give the numbers of a CPU. What it cannot do: autocast,
-compiling, NCCL, and the rounding of a real GPU.
+numbers are the CPU's own, so a run must give the numbers of a CPU. "nccl" is gloo, for tensors of
+the GPU only. What it cannot do: autocast, compiling, the rounding of a real GPU.
 """
 
 import contextlib

@@ -58,11 +58,9 @@ def short_games(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppo_atari, "AtariVectorEnv", build)
 
 
-def short(script: ModuleType, **changes: object) -> object:
+def short(script: ModuleType, **changes: object) -> ppo_atari.Args:
     names = {"env_id": ENV_IDS.get(script.__name__, "ALE/Pong-v5"), "run_dir": f"{next(numbers)}"}
-    fields = script.Args.__dataclass_fields__
-    settings = names | SHORT | changes
-    return script.Args(**{name: value for name, value in settings.items() if name in fields})
+    return script.Args(**(names | SHORT | changes))
 
 
 def on_gpu(script: ModuleType, **changes: object) -> tuple[str, Operations]:
