@@ -178,7 +178,7 @@ EXPERIMENTS = {
     ),
     "atari": Experiment(
         "ppo_atari.py",
-        seeds=1,
+        seeds=2,
         envs={"PongNoFrameskip-v4": PONG},
         settings={"documented": ""},
         whole=True,
