@@ -44,23 +44,6 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def limit(monkeypatch: pytest.MonkeyPatch) -> Limit:
-    """limit(name=value) changes what the emulator is built with; returns all that it was."""
-
-    def limit(**changes: object) -> list[dict[str, object]]:
-        built = []
-
-        def build(game: str, num_envs: int, **kwargs: object) -> AtariVectorEnv:
-            built.append(kwargs | {"game": game, "num_envs": num_envs})
-            return AtariVectorEnv(game, num_envs, **(kwargs | changes))
-
-        monkeypatch.setattr(ppo_atari, "AtariVectorEnv", build)
-        return built
-
-    return limit
-
-
 def tiny(**changes: object) -> ppo_atari.Args:
     defaults = {"env_id": "PongNoFrameskip-v4", "run_dir": f"runs/{next(numbers)}"}
     return ppo_atari.Args(**(defaults | TINY | changes))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from ale_py.vector_env import AtariVectorEnv
 from helpers import metrics
 from simulated_gpu import GpuTensor, Operations, simulated_gpu
 from torch import Tensor
@@ -51,11 +51,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def short_games(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*args: object, **kwargs: object) -> AtariVectorEnv:
-        return AtariVectorEnv(*args, **(kwargs | {"max_num_frames_per_episode": 40}))
-
-    monkeypatch.setattr(ppo_atari, "AtariVectorEnv", build)
+def short_games(limit: Callable[..., object]) -> None:
+    limit(max_num_frames_per_episode=40)
 
 
 def short(script: ModuleType, **changes: object) -> ppo_atari.Args:
@@ -101,10 +98,13 @@ def test_the_simulated_gpu_is_strict_about_devices() -> None:
 def test_the_simulated_gpu_computes_gradients() -> None:
     with simulated_gpu():
         layer = torch.nn.Linear(3, 1).to("cuda")
+        before = layer.weight.detach().cpu()
         layer(torch.tensor([1.0, 2.0, 3.0], device="cuda")).sum().backward()
         torch.optim.Adam(layer.parameters(), lr=1, fused=True).step()
         assert layer.weight.grad.device.type == "cuda"
         assert layer.weight.grad.cpu().tolist() == [[1, 2, 3]]
+        # Adam's first step is the learning rate, against the sign of the gradient.
+        assert torch.allclose(before - layer.weight.detach().cpu(), torch.ones(1, 3))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,7 @@ def test_the_simulated_gpu_computes_gradients() -> None:
         ("x.cpu()", 1),
         ("x.nonzero()", 1),
         ("x[x > 0]", 1),
+        ("x.masked_select(x > 0)", 1),
         ("x.index_put_((x > 0,), x[:1])", 1),
         ("torch.zeros(1).copy_(x)", 1),
         ("x.copy_(torch.zeros(1))", 0),
