@@ -21,19 +21,20 @@ Proximal Policy Optimization repeats five phases, which the loop in `ppo` names 
     2. rollout     let the policy act in N environments for T steps and keep every transition
     3. advantages  estimate how much better each action was than the policy's average (GAE)
     4. update      make better actions likelier, for several epochs of shuffled minibatches, with
-                   nothing to gain where the new policy leaves the old one's surroundings
+                   nothing to gain where a probability has changed by more than the share clip_coef
     5. record      log, save, and forget the batch: it tells about a policy that is no more
 
-A return is the sum of the rewards from some step on, later ones discounted by gamma. The value
-V(s) is its mean from state s on, and the critic is the network that estimates it. The advantage of
-an action is how much larger than V(s) the return becomes by taking it.
+The policy (actor) is a network that gives each action a probability. A return is the sum of the
+rewards from some step on, later ones discounted by gamma. The value V(s) is its mean from state s
+on, and the critic is the network that estimates it. The advantage of an action is how much larger
+than V(s) the return becomes by taking it.
 
 Its siblings, ppo_continuous.py (continuous actions) and ppo_atari.py (pixels), differ in `Args`,
 `make_envs` and `Agent`. Blocks between `# >>> shared` and `# <<< shared` are the same in all three.
 
-Unlike the paper: a time limit is not taken for death, advantages are normalised, the networks
-start orthogonal, gradients are clipped. "(detail 7)" points into the README's table of details;
-"(critical)" marks a line whose omission is a classic bug.
+Unlike the paper: after a time limit the critic's estimate of the rest counts, advantages are
+normalised, the networks start orthogonal, gradients are clipped. "(detail 7)" points into the
+README's table of details; "(critical)" marks a line whose omission is a classic bug.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 Details: Huang et al. 2022, "The 37 Implementation Details of Proximal Policy Optimization".
@@ -91,7 +92,7 @@ class Args:
     norm_reward: bool = False
     """divide rewards by the running std of returns; try it where returns are far from 1"""
     stagger: bool = True
-    """restart the environments one by one at first: no batch of one stage of all episodes only"""
+    """restart environments one by one at first, so that each batch mixes stages of episodes"""
     # Update
     learning_rate: float = 1e-3
     """Adam's step size; lower it where approx_kl or clipfrac run high; 1e-4 to 1e-3"""
@@ -194,19 +195,20 @@ class Args:
         refuse("num_minibatches", self.batch_size % parts, f"must divide {batch}{each}")
         refuse("num_minibatches", self.minibatch_size < 2 * processes, f"is too much for {batch}")
         refuse("num_envs", self.num_envs % processes, f"must divide among {processes} processes")
-        for name, used, needs in (  # flag, is it used, by what; none is taken and then ignored
+        clips = self.surrogate == "clip" or self.clip_vloss
+        for name, used, needs in (  # refuse a flag that is not used, and say what would use it
             ("kl_coef", self.surrogate.startswith("kl"), "--surrogate kl-fixed or kl-adaptive"),
             ("kl_target", self.surrogate == "kl-adaptive", "--surrogate kl-adaptive"),
-            ("clip_coef", self.surrogate == "clip" or self.clip_vloss, "--surrogate clip"),
+            ("clip_coef", clips, "--surrogate clip or --clip-vloss"),
             ("final_lr_fraction", self.anneal_lr, "--anneal-lr"),
             ("wandb_project_name", self.track, "--track"),
             ("wandb_entity", self.track, "--track"),
         ):
-            given = getattr(self, name) != getattr(Args, name)
-            refuse(name, given and not used and not self.resume, f"has no effect without {needs}")
+            given = vars(self)[name] != getattr(Args, name) and not (self.resume or self.evaluate)
+            refuse(name, given and not used, f"has no effect without {needs}")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         few = gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
-        refuse("cuda", self.cuda and few, f"each process needs one, {gpus} are here; try --no-cuda")
+        refuse("cuda", self.cuda and few, f"needs a GPU per process, found {gpus}; try --no-cuda")
         tracks = self.track and not self.evaluate
         refuse("track", tracks and not importlib.util.find_spec("wandb"), "pip install wandb")
         refuse("evaluate", self.evaluate and self.resume, "does not go with --resume")
@@ -241,7 +243,7 @@ class SyncEnvs(gym.vector.SyncVectorEnv):
     """reset(options={"reset_mask": mask}) restarts the environments set in mask, and those only."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
-        return super().reset(seed=seed, options=options and dict(options))  # it takes out the mask
+        return super().reset(seed=seed, options=options and dict(options))  # super() pops the mask
 
     def _add_info(self, infos: dict[str, Any], info: dict[str, Any], i: int) -> dict[str, Any]:
         # Of info, only final observations are used. Copies: environments may reuse their arrays.
@@ -313,7 +315,7 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.fresh = True
+        self.fresh = True  # no buffer, as asking one would wait for a GPU
         self.register_load_state_dict_post_hook(RunningMeanStd.loaded)
 
     def loaded(self, keys: object) -> None:
@@ -331,7 +333,8 @@ class RunningMeanStd(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x - mean) / std, clipped to +-10 (details 28, 29); as float32."""
-        return x.float() if self.fresh else ((x - self.mean) / self.std).clamp(-10, 10).float()
+        x = x.float()
+        return x if self.fresh else ((x - self.mean) / self.std).clamp(-10, 10).float()
 
 
 # <<< shared: statistics
@@ -375,7 +378,7 @@ class Agent(nn.Module):
         return self.critic(self.obs_stats.normalize(obs)).squeeze(-1)
 
     def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Judge actions, sampled ones if none are given: action, logprob, entropy, value, (N,)."""
+        """Actions (sampled if none are given), logprobs, entropies and values, (N,) each."""
         dist = self.get_dist(obs)
         action = self.sample(dist) if action is None else action
         # H(p) = -sum_a p(a) * log p(a)
@@ -425,7 +428,7 @@ def compute_gae(
     # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}: row t+1 may be another episode's
     decays = gamma * gae_lambda * (1 - dones.to(rewards.dtype))
     advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])  # after the last row: its delta has V of the rest
+    advantage = torch.zeros_like(rewards[0])  # A_T = 0: V in the last delta stands for the rest
     for t in reversed(range(len(rewards))):
         advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages, advantages + values
@@ -502,10 +505,8 @@ def normalize_advantages(advantages: Tensor) -> Tensor:
     return (advantages - mean) / (var.sqrt() + 1e-8)
 
 
-def discounted_returns(
-    rewards: Tensor, dones: Tensor, gamma: float, start: Tensor
-) -> tuple[Tensor, Tensor]:
-    """R_t = r_t + gamma * R_{t-1}, sums of the rewards so far, (T, N), for reward scaling.
+def discounted_returns(rewards: Tensor, dones: Tensor, gamma: float, start: Tensor) -> tuple:
+    """R_t = r_t + gamma * R_{t-1}: rewards so far, earlier ones discounted, (T, N), for scaling.
 
     They begin at 0 in each episode; start (N,): the last call's second result, or 0 (detail 30).
     """
@@ -564,13 +565,13 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     agent = Agent(envs).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
     reward_stats = RunningMeanStd().to(device)
-    # Files, a seed for each process; resuming restores the objects named here and run's own numbers
+    # Creates the files, seeds this process, catches Ctrl-C; with --resume, loads what is named here
     run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
     gradients = join_gradients(agent)
     policy, loss_function = agent.get_dist, minibatch_loss
     if args.compile:
-        # What changes in a run must be a tensor, as kl_coef is. Each value of a float is compiled
-        # anew, as code for all values (dynamic=None) is wrong from the third on (torch 2.13).
+        # dynamic=False: compiled anew for each value of a float, as code for all values is wrong in
+        # torch 2.13. So what changes in a run must be a tensor, as kl_coef is.
         loss_function = torch.compile(loss_function, dynamic=False)
         policy = torch.compile(policy, dynamic=False) if args.cuda else policy  # CPU: no gain
 
@@ -674,7 +675,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         check_finite(gradient=torch.tensor(metrics["losses/grad_norm"]))
         metrics["losses/explained_variance"] = explained.item()
         if args.norm_obs:
-            agent.obs_stats.update(batch["obs"])  # (critical: earlier, no ratio would start at 1)
+            agent.obs_stats.update(batch["obs"])  # (critical: only now, or no ratio starts at 1)
         stopped = all_mean(torch.tensor(float(run.signal), device=device)) > 0
         run.record(metrics, last=bool(stopped) or iteration == args.num_iterations)
         if stopped:
@@ -724,6 +725,7 @@ class Run:
                 stack.callback(signal.signal, number, previous)  # put back in the end
         if self.rank:
             torch.manual_seed(self.seed)
+            stack.push(self.on_exit)
             return
         if saved:
             torch.set_rng_state(saved["rng"])
@@ -734,9 +736,9 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, columns in (("metrics.csv", METRICS), ("episodes.csv", EPISODES)):
-                file = stack.enter_context(open(self.folder / name, "a+" if saved else "x"))
+                file = stack.enter_context(open(self.folder / name, "r+" if saved else "x"))
                 self.files[name] = file
-                if file.tell() < saved.get(name, 0):
+                if file.seek(0, os.SEEK_END) < saved.get(name, 0):
                     raise OSError(f"{name} is shorter than the checkpoint says")
                 file.seek(0)
                 if saved and file.readline().strip() != ",".join(columns):
@@ -764,22 +766,18 @@ class Run:
             self.wandb.define_metric("*", step_metric="global_step")
             self.wandb.save(script, base_path=self.folder, policy="now")
         stack.push(self.on_exit)
+        done = f" ({self.iteration:,} of them done)" if saved else ""
         steps = f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps"
+        device = "cuda" if args.cuda else "cpu"
         rows = f"{args.batch_size:,} rows = {args.num_envs} envs x {args.num_steps} steps"
         updates = args.update_epochs * args.num_minibatches
-        device = "cuda" if args.cuda else "cpu"
-        done = f" ({self.iteration:,} of them done)" if saved else ""
-        minibatches = f"{args.num_minibatches} minibatches of {args.minibatch_size}"
-        print(
-            f"{args.env_id}, seed {args.seed}, files in {self.folder}",
-            f"{args.num_iterations:,} iterations{done}, {steps}; device {device}",
-            f"each: {rows}, {updates} updates = {args.update_epochs} epochs x {minibatches}",
-            sep="\n",
-            flush=True,
-        )
+        passes = f"{args.update_epochs} epochs x {args.num_minibatches} minibatches"
+        print(f"{args.env_id}, seed {args.seed}, files in {self.folder}")
+        print(f"{args.num_iterations:,} iterations{done}, {steps}; device {device}")
+        print(f"each: {rows}, {updates} updates = {passes} of {args.minibatch_size}", flush=True)
 
     def on_signal(self, number: int, frame: object) -> None:
-        """End after this iteration or evaluation step; a second signal ends at once."""
+        """End after this iteration or evaluation step; the same signal again ends at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if self.rank == 0:  # a handler may interrupt a print, so it must not print itself
@@ -793,7 +791,8 @@ class Run:
             self.wandb.finish(exit_code=int(error is not None))
         if isinstance(error, Exception):
             at = f"iteration {self.iteration}, after step {self.global_step}"
-            raise RuntimeError(f"{at}: {error!r}; files in {self.folder}") from error
+            files = f"; files in {self.folder}" if self.rank == 0 else ""
+            raise RuntimeError(f"{at}: {error!r}{files}") from error
 
     def episode(self, step: int, episodic_return: float, length: int) -> None:
         self.episodes = [*self.episodes[-99:], (float(episodic_return), int(length))]
@@ -877,7 +876,7 @@ def folder_of(args: Args) -> Path:
 
 
 def video_folder(args: Args) -> Path | None:
-    """A new folder for each start, as the films of an earlier one keep their names."""
+    """A new folder for each start, as each numbers its films from 0 on."""
     folder = Path(args.run_dir, "videos", f"started-{int(time.time())}")
     return folder if args.capture_video else None
 
@@ -910,13 +909,12 @@ def load_state(module: Any, state: dict[str, Any] | None) -> None:
         raise ValueError(f"the checkpoint is for another network. {reason}") from error
 
 
-def resumed_args(args: Args, unset: Args) -> Args:
-    """The checkpoint's arguments with what `args` may change: what differs from `unset`."""
+def resumed_args(args: Args, defaults: Args) -> Args:
+    """The checkpoint's arguments, with those of `args` that are not `defaults` and may change."""
     saved = vars(Args(**load_checkpoint(args.resume or args.evaluate)["args"]))
     free = {"resume", "evaluate", "cuda", "torch_threads", "eval_episodes"}
-    resumes, evaluates = {"total_timesteps", "track"}, {"seed", "capture_video"}
-    free |= resumes if args.resume else evaluates
-    given = {name: value for name, value in vars(args).items() if value != getattr(unset, name)}
+    free |= {"total_timesteps", "track"} if args.resume else {"seed", "capture_video"}
+    given = {name: value for name, value in vars(args).items() if value != getattr(defaults, name)}
     for name, value in given.items():
         shrinks = name == "total_timesteps" and value < saved[name]
         if value != saved[name] and (name not in free or shrinks):
@@ -926,9 +924,7 @@ def resumed_args(args: Args, unset: Args) -> Args:
 
 
 @torch.no_grad()
-def evaluate(
-    agent: Agent, args: Args, videos: Path | None = None, run: Run | None = None
-) -> dict[str, Any]:
+def evaluate(agent: Agent, args: Args, videos: Path | None = None, run: Run | None = None) -> dict:
     """Play an episode in each of --eval-episodes fresh environments, seeded from --seed alone.
 
     One in each, as the first so many to end would favour short ones. Statistics stay frozen, and
@@ -963,13 +959,13 @@ def evaluate(
     return dict(zip(EVALUATION, numbers, strict=True)) | episodes
 
 
-def train(args: Args, unset: Args | None = None) -> str:
+def train(args: Args, defaults: Args | None = None) -> str:
     """Train, evaluate, write summary.json; returns the run folder.
 
     Raises ValueError where `args` cannot be run, RuntimeError where training fails (it names the
     step), SystemExit after Ctrl-C (130) or SIGTERM (143), when everything is saved.
     """
-    args = resumed_args(args, unset or Args()) if args.resume else args
+    args = resumed_args(args, defaults or Args()) if args.resume else args
     args.check()
     args = replace(args, run_dir=str(folder_of(args)))
     with contextlib.ExitStack() as stack:
@@ -998,9 +994,9 @@ def train(args: Args, unset: Args | None = None) -> str:
     return str(run.folder)
 
 
-def evaluate_checkpoint(args: Args, unset: Args) -> None:
+def evaluate_checkpoint(args: Args, defaults: Args) -> None:
     """--evaluate: write evaluation.json into the run folder and print the mean."""
-    args = resumed_args(args, unset)
+    args = resumed_args(args, defaults)
     args.check()
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     args = replace(args, run_dir=str(folder_of(args)))
@@ -1015,11 +1011,11 @@ def evaluate_checkpoint(args: Args, unset: Args) -> None:
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit code 2."""
     try:
-        args = unset = tyro.cli(Args)
+        args, defaults = tyro.cli(Args), Args()
         if path := args.resume or args.evaluate:
-            unset = Args(**load_checkpoint(path)["args"])
-            args = tyro.cli(Args, default=unset)
-        evaluate_checkpoint(args, unset) if args.evaluate else train(args, unset)
+            defaults = Args(**load_checkpoint(path)["args"])
+            args = tyro.cli(Args, default=defaults)
+        evaluate_checkpoint(args, defaults) if args.evaluate else train(args, defaults)
     except (ValueError, OSError) as error:  # OSError: nothing can be written into the folder
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

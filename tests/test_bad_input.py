@@ -93,7 +93,7 @@ TABLE = [
     Bad("--kl-target 0.02", "--kl-target 0.02 --surrogate"),
     Bad("--surrogate none --kl-coef 3", "--kl-coef 3"),
     Bad("--surrogate kl-fixed --kl-target 0.02", "--kl-target 0.02"),
-    Bad("--surrogate none --clip-coef 0.1", "--clip-coef 0.1 --surrogate"),
+    Bad("--surrogate none --clip-coef 0.1", "--clip-coef 0.1 --surrogate --clip-vloss"),
     Bad("--surrogate kl-adaptive --clip-coef 0.3", "--clip-coef 0.3"),
     Bad("--no-anneal-lr --final-lr-fraction 0.55", "--final-lr-fraction 0.55 --anneal-lr"),
     Bad("--wandb-project-name mine", "--wandb-project-name mine --track"),
@@ -389,7 +389,7 @@ def test_cuda_where_there_is_none(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one without a working driver
     line = refusal(script, [*BASE[script], "--cuda"], monkeypatch, capsys)
-    assert "--cuda" in line and "0 are here" in line and "--no-cuda" in line
+    assert "--cuda" in line and "found 0" in line and "--no-cuda" in line
 
 
 @scripts
@@ -402,7 +402,7 @@ def test_cuda_with_fewer_gpus_than_processes(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     line = refusal(script, [*BASE[script], "--cuda"], monkeypatch, capsys)
-    assert "--cuda" in line and "1 are here" in line and "--no-cuda" in line
+    assert "--cuda" in line and "found 1" in line and "--no-cuda" in line
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     script.Args(num_envs=8, cuda=True).check()
 

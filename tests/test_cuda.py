@@ -194,7 +194,7 @@ def test_a_run_goes_on_with_or_without_the_gpu(script: ModuleType) -> None:
         folder = Path(shutil.copytree(start, f"{next(numbers)}"))
         args = script.Args(resume=str(folder), total_timesteps=96, cuda=cuda)
         with simulated_gpu() as gpu:
-            script.train(args, unset=script.Args(cuda=True))
+            script.train(args, defaults=script.Args(cuda=True))
         assert len(gpu.rng_states) == cuda
         assert all(torch.equal(state, saved["cuda_rng"]) for state in gpu.rng_states)
         folders.append(folder)
@@ -203,7 +203,7 @@ def test_a_run_goes_on_with_or_without_the_gpu(script: ModuleType) -> None:
     for cuda in (True, False):
         args = script.Args(evaluate=str(folders[0]), eval_episodes=2, cuda=cuda)
         with simulated_gpu() as gpu:
-            script.evaluate_checkpoint(args, unset=script.Args(cuda=True))
+            script.evaluate_checkpoint(args, defaults=script.Args(cuda=True))
         assert bool(gpu.waits) == cuda
         results.append(Path(folders[0], "evaluation.json").read_text())
     assert results[0] == results[1]

@@ -766,6 +766,44 @@ def test_an_agent_saved_on_a_gpu_is_evaluated_on_a_cpu(script: ModuleType) -> No
     assert len(result["returns"]) == 2
 
 
+@scripts
+def test_a_run_that_is_no_longer_tracked_can_be_evaluated(
+    script: ModuleType, run_main: Main
+) -> None:
+    """Begun with --track --wandb-project-name mine, resumed with --no-track: the name stays."""
+    folder = Path(script.train(tiny(script)))
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["args"]["wandb_project_name"] = "mine"
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    out = run_main(script, "--evaluate", folder, "--eval-episodes", 1)
+    assert "eval_return_mean=" in out
+
+
+@scripts
+@pytest.mark.parametrize(
+    ("way", "at", "said"), [("step", 192, "ValueError"), ("reward", 256, "reward[")]
+)
+def test_a_fault_of_another_process_names_the_step_too(
+    script: ModuleType,
+    way: str,
+    at: int,
+    said: str,
+    run_main: Main,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without torchrun: what a process of rank 1 does by itself."""
+    monkeypatch.setenv("RANK", "1")
+    box = "Box" if script is ppo_continuous else ""
+    argv = flags(script, env_id=f"envs:Bad{box}-{way}-v0", run_dir="run")
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, *argv)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1
+    assert last.startswith(f"error: iteration 4, after step {at}: ") and said in last
+    assert "files in" not in last  # it has none
+
+
 def test_cut_evaluation_episodes_are_announced(capsys: pytest.CaptureFixture[str]) -> None:
     args = tiny(ppo, env_id="envs:Endless-v0", eval_episodes=2)
     with contextlib.closing(ppo.make_envs(args, 1)) as envs:
@@ -773,6 +811,23 @@ def test_cut_evaluation_episodes_are_announced(capsys: pytest.CaptureFixture[str
     assert result["cut"] == [True, True] and result["lengths"] == [27_000] * 2
     line = "2 of 2 evaluation episodes were cut at 27,000 steps; have they a time limit?\n"
     assert capsys.readouterr().err == line
+
+
+@scripts
+def test_the_records_that_a_checkpoint_continues_must_be_there(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    folder = Path(script.train(tiny(script)))
+    (tmp_path / "alone").mkdir()
+    alone = shutil.copy(folder / "checkpoint.pt", tmp_path / "alone")
+    with pytest.raises(ValueError, match="--resume .*No such file.*metrics.csv"):
+        script.train(script.Args(resume=alone, total_timesteps=576))
+    assert os.listdir(tmp_path / "alone") == ["checkpoint.pt"]
+    lines = (folder / "episodes.csv").read_bytes().splitlines(keepends=True)
+    (folder / "episodes.csv").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(ValueError, match="--resume .*episodes.csv is shorter than the checkpoint"):
+        script.train(script.Args(resume=str(folder), total_timesteps=576))
+    assert (folder / "episodes.csv").read_bytes() == b"".join(lines[:-1])
 
 
 @scripts

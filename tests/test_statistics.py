@@ -113,6 +113,18 @@ def test_normalized_values_worked_by_hand(script: ModuleType) -> None:
     torch.testing.assert_close(stats.normalize(x.double()), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
+def test_observations_of_other_types_are_normalised_as_float32(
+    script: ModuleType, dtype: torch.dtype
+) -> None:
+    """Training makes observations float32 before it normalises them, an evaluation does not."""
+    stats = script.RunningMeanStd((2,))
+    stats.update(torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.25]]))
+    x = torch.tensor([[1 / 3, 1], [0, 1]], dtype=torch.float64).to(dtype)
+    assert torch.equal(stats.normalize(x), stats.normalize(x.float()))
+    assert stats.normalize(x).dtype == torch.float32
+
+
 def test_what_never_changes_is_no_division_by_zero(script: ModuleType) -> None:
     stats = script.RunningMeanStd((2,))
     for _ in range(3):
