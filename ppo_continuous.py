@@ -946,7 +946,8 @@ def load_state(module: Any, state: dict[str, Any] | None) -> None:
         module.load_state_dict(state)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"the checkpoint is for another network. {reason}") from error
+        lacks = f"the checkpoint has no {type(module).__name__} that fits"
+        raise ValueError(f"{lacks}; see the run's script.py. {reason}") from error
 
 
 def resumed_args(args: Args, defaults: Args) -> Args:
