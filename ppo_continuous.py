@@ -180,9 +180,9 @@ class Args:
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
             refuse(name, getattr(self, name) == 0, "must be greater than 0")
         batch = f"the batch of --num-envs x --num-steps = {self.batch_size} rows"
-        processes = os.environ.get("WORLD_SIZE", "1")
-        if not processes.isdecimal() or int(processes) == 0:
-            raise ValueError(f"WORLD_SIZE {processes}: must be a whole number; torchrun sets it")
+        processes, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+        if not (processes.isdecimal() and rank.isdecimal() and int(rank) < int(processes)):
+            raise ValueError(f"RANK {rank} of WORLD_SIZE {processes}: not of torchrun; unset both")
         processes = int(processes)
         each = f" / {processes} processes" if processes > 1 else ""
         refuse("total_timesteps", self.num_iterations < 1, f"is less than {batch}; raise it")
@@ -216,7 +216,7 @@ class Args:
 @contextlib.contextmanager
 def env_errors(env_id: str) -> Iterator[None]:
     """Turn whatever fails while an environment is built into one line that names it."""
-    atari = env_id.removeprefix("ale_py:").startswith("ALE/") or "NoFrameskip" in env_id
+    atari = env_id.startswith(("ale_py:", "ALE/")) or "NoFrameskip" in env_id
     try:
         if atari and SCRIPT != "ppo_atari":
             raise ValueError("For Atari games use ppo_atari.py.")
@@ -257,13 +257,17 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
 
     def make_env(index: int) -> gym.Env:
         env = gym.make(args.env_id, disable_env_checker=True)
+        space, actions = env.observation_space, env.action_space
+        if isinstance(actions, gym.spaces.Discrete):
+            raise ValueError(f"Its actions, {actions}, are discrete: use ppo.py.")
+        if not isinstance(actions, gym.spaces.Box):
+            raise ValueError(f"Its actions, {actions}, are composite: only Box is supported.")
         if videos is not None and index == 0:
             if "rgb_array" not in env.metadata.get("render_modes", ()):
                 raise ValueError("--capture-video: its metadata name no render mode rgb_array.")
             env.close()
             env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array")
             env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=True)
-        space = env.observation_space
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, images
         return env
@@ -271,11 +275,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     with env_errors(args.env_id):
         env_fns = [lambda i=i: make_env(i) for i in range(num_envs)]
         envs = SyncEnvs(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        space, actions = envs.single_observation_space, envs.single_action_space
-        if isinstance(actions, gym.spaces.Discrete):
-            raise ValueError(f"Its actions, {actions}, are discrete: use ppo.py.")
-        if not isinstance(actions, gym.spaces.Box):
-            raise ValueError(f"Its actions, {actions}, are composite: only Box is supported.")
+        space = envs.single_observation_space
         if not isinstance(space, gym.spaces.Box):
             raise ValueError(f"Its observations, {space}, do not flatten into a vector.")
     return gym.wrappers.vector.RecordEpisodeStatistics(ScaleAction(envs))
@@ -291,14 +291,15 @@ class ScaleAction(gym.vector.VectorActionWrapper):
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
         super().__init__(envs)
         self.low, self.high = envs.single_action_space.low, envs.single_action_space.high
-        bounded = (self.low > -1e6) & (self.high < 1e6)  # what lies beyond stands for no bound
+        bounded = (self.low > np.float64(-1e6)) & (self.high < np.float64(1e6))  # beyond: no bound
         low, high = np.where(bounded, self.low, -1.0), np.where(bounded, self.high, 1.0)
         self.center, self.half_range = 0.5 * low + 0.5 * high, 0.5 * high - 0.5 * low
+        self.center = self.center.clip(self.low, self.high)  # a lone bound beyond 0 moves it
 
     def actions(self, actions: np.ndarray) -> np.ndarray:
         scaled = self.center + self.half_range * actions
         scaled, dtype = scaled.clip(self.low, self.high), self.single_action_space.dtype
-        return (scaled.round() if dtype.kind in "iu" else scaled).astype(dtype)
+        return (scaled.round() if dtype.kind in "biu" else scaled).astype(dtype)
 
 
 # >>> shared: statistics
@@ -601,12 +602,12 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
     torch.manual_seed(args.seed)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     envs = make_envs(args, args.num_envs // world_size, None if rank else video_folder(args))
-    stack.callback(envs.close)
     agent = Agent(envs).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # (detail 3)
     reward_stats = RunningMeanStd().to(device)
     # Creates the files, seeds this process, catches Ctrl-C; with --resume, loads what is named here
     run = Run(args, stack, agent=agent, optimizer=optimizer, reward_stats=reward_stats)
+    stack.callback(envs.close)
     gradients = join_gradients(agent)
     policy, loss_function = agent.get_dist, minibatch_loss
     if args.compile:
@@ -663,7 +664,7 @@ def ppo(args: Args, stack: contextlib.ExitStack) -> tuple[Agent, "Run"]:
         dones = terminations + truncations
         final_obs = np.array(final_obs).reshape(-1, *obs.shape[2:])
         final_obs = torch.as_tensor(final_obs, dtype=obs_dtype, device=device)
-        check_finite(observation=obs, reward=rewards)
+        check_finite(observation=obs, final_observation=final_obs, reward=rewards)
         if args.norm_reward:
             traces, carry = discounted_returns(rewards, dones, args.gamma, carry)
             reward_stats.update(traces.flatten())
@@ -805,6 +806,7 @@ class Run:
                 raise ValueError(f"--track True: {' '.join(f'{error}'.split())}") from error
             self.wandb.define_metric("*", step_metric="global_step")
             self.wandb.save(script, base_path=self.folder, policy="now")
+        (self.folder / "summary.json").unlink(missing_ok=True)  # of the run before it went on
         stack.push(self.on_exit)
         done = f" ({self.iteration:,} of them done)" if saved else ""
         steps = f"{args.num_iterations * args.batch_size:,} of {args.total_timesteps:,} steps"
@@ -820,15 +822,17 @@ class Run:
         """End after this iteration or evaluation step; the same signal again ends at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
-        if self.rank == 0:  # a handler may interrupt a print, so it must not print itself
-            os.write(2, b"\nstopping soon; a second time stops at once and saves nothing\n")
+        with contextlib.suppress(OSError):  # a closed pipe; no print, as this may interrupt one
+            if self.rank == 0:
+                os.write(2, b"\nstopping soon; a second time stops at once and saves nothing\n")
 
     def on_exit(self, kind: object, error: BaseException | None, trace: object) -> None:
         for file in self.files.values():
             with contextlib.suppress(OSError):  # a full disk, already reported
                 file.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=int(error is not None))
+        with contextlib.suppress(Exception):  # wandb is gone; what the run has written is not
+            if self.wandb:
+                self.wandb.finish(exit_code=int(error is not None))
         if isinstance(error, Exception):
             at = f"iteration {self.iteration}, after step {self.global_step}"
             files = f"; files in {self.folder}" if self.rank == 0 else ""
@@ -879,7 +883,8 @@ class Run:
             line += f", return {mean_return:.1f}, KL {metrics['losses/approx_kl']:.4f}"
             line += f", clipped {metrics['losses/clipfrac']:.2f}"
             line += f", explained {metrics['losses/explained_variance']:.2f}"
-            print(f"{line:<99}", end="\r" if terminal and not last else "\n", flush=True)
+            width = os.get_terminal_size().columns - 1 if terminal else None  # more would wrap
+            print(f"{line:<99}"[:width], end="\r" if terminal and not last else "\n", flush=True)
 
     def save(self) -> None:
         state = {name: module.state_dict() for name, module in self.modules.items()}
@@ -947,7 +952,7 @@ def load_state(module: Any, state: dict[str, Any] | None) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())
         lacks = f"the checkpoint has no {type(module).__name__} that fits"
-        raise ValueError(f"{lacks}; see the run's script.py. {reason}") from error
+        raise ValueError(f"{lacks}: it is of another network or script. {reason}") from error
 
 
 def resumed_args(args: Args, defaults: Args) -> Args:

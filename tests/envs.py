@@ -171,7 +171,11 @@ class Actions(gym.Env):
         "skewed": spaces.Box(np.array([1, -8], np.float32), np.array([3, -2], np.float32)),
         "unbounded": spaces.Box(-np.inf, np.inf, (2,), np.float32),
         "half": spaces.Box(0.25, np.inf, (2,), np.float32),
+        "above": spaces.Box(5, np.inf, (2,), np.float32),
+        "below": spaces.Box(-np.inf, -5, (2,), np.float32),
         "double": spaces.Box(-1, 1, (2,), np.float64),
+        "float16": spaces.Box(-1, 1, (2,), np.float16),
+        "bool": spaces.Box(0, 1, (2,), np.bool_),
     }
 
     def __init__(self, box: str, render_mode: str | None = None) -> None:
@@ -211,9 +215,14 @@ class Bad(gym.Env):
             raise ValueError("the wheel came off")
         if self.way == "slow":
             time.sleep(0.02)
-        x = np.nan if now and self.way == "obs" else 0.5
+        ends = self.steps % 10 == 0
+        x = np.nan if now and (self.way == "obs" or (self.way == "final" and ends)) else 0.5
         reward = {"reward": np.nan, "infinite": np.inf}.get(self.way, 1.0) if now else 1.0
-        return np.full(2, x, np.float32), reward, False, self.steps % 10 == 0, {}
+        return np.full(2, x, np.float32), reward, False, ends, {}
+
+    def close(self) -> None:
+        if self.way == "close":
+            raise BrokenPipeError(32, "the simulator has hung up")
 
 
 class Plain(gym.Env):
@@ -278,7 +287,7 @@ for coded in ("box", "float64", "dict"):
     register(f"IdentityBox-{coded}", IdentityBox, limit=10, coded=coded)
 for box in Actions.boxes:
     register(f"Actions-{box}", Actions, limit=10, box=box)
-for way in ("obs", "reward", "infinite", "step", "soon", "init", "reset", "slow"):
+for way in ("obs", "final", "reward", "infinite", "step", "soon", "init", "reset", "slow", "close"):
     register(f"Bad-{way}", Bad, way=way)
     register(f"BadBox-{way}", Bad, way=way, continuous=True)
 register("Plain", Plain, limit=10)

@@ -121,8 +121,10 @@ TABLE = [
     Bad("--env-id envs:ObservesBox-graph-v0", script=ppo_continuous),
     Bad("--env-id envs:Bad-init-v0", "--env-id envs:Bad-init-v0 licence", script=ppo),
     Bad("--env-id envs:BadBox-init-v0", "BadBox-init-v0 licence", script=ppo_continuous),
-    Bad("--env-id envs:Constant-v0 --capture-video", "envs:Constant-v0 render", script=ppo),
     Bad("--env-id envs:ConstantBox-v0 --capture-video", "render", script=ppo_continuous),
+    Bad("--env-id CartPole-v1 --capture-video", "CartPole-v1 ppo.py", script=ppo_continuous),
+    Bad("--env-id Pendulum-v1 --capture-video", "Pendulum-v1 ppo_continuous.py", script=ppo),
+    Bad("--env-id ale_py:Breakout-v4", "ale_py:Breakout-v4 ppo_atari.py"),
     Bad("--env-id ALE/Breakout-v5", "ALE/Breakout-v5 ppo_atari.py"),
     Bad("--env-id ale_py:ALE/Breakout-v5", "ale_py:ALE/Breakout-v5 ppo_atari.py"),
     Bad("--env-id BreakoutNoFrameskip-v4", "BreakoutNoFrameskip-v4 ppo_atari.py"),
@@ -192,8 +194,19 @@ TABLE = [
     Bad("", "RANK", {"WORLD_SIZE": "2"}),
     Bad("", "WORLD_SIZE", {"WORLD_SIZE": "many"}),
     Bad("", "WORLD_SIZE", {"WORLD_SIZE": "0"}),
-    Bad("--env-id envs:Constant-v0 --capture-video", "envs:Constant-v0 --capture-video rgb_array"),
-    Bad("--env-id envs:Plain-v0 --capture-video", "envs:Plain-v0 --capture-video rgb_array"),
+    Bad("", "RANK 1 WORLD_SIZE unset", {"RANK": "1"}),
+    Bad("", "RANK abc unset", {"RANK": "abc"}),
+    Bad("", "RANK 2 WORLD_SIZE 2", {"WORLD_SIZE": "2", "RANK": "2"}),
+    Bad(
+        "--env-id envs:Constant-v0 --capture-video",
+        "envs:Constant-v0 --capture-video rgb_array",
+        script=ppo,
+    ),
+    Bad(
+        "--env-id envs:Plain-v0 --capture-video",
+        "envs:Plain-v0 --capture-video rgb_array",
+        script=ppo,
+    ),
 ]
 # What stands before a command line that names no environment and no checkpoint.
 BASE = {

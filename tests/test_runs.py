@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -128,7 +129,7 @@ def test_resume_restores_what_a_reader_adds_and_refuses_what_has_it_not(
     folder = script.train(tiny(script))
     run_main(script, "--resume", folder, "--total-timesteps", 1024)
     assert torch.equal(added[0].weight, added[1].weight)
-    with pytest.raises(ValueError, match="no Linear that fits; see .*script.py"):
+    with pytest.raises(ValueError, match="no Linear that fits: it is of another network or script"):
         script.train(script.Args(resume=plain, cuda=False))
 
 
@@ -344,6 +345,44 @@ def test_handlers_are_put_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@scripts
+def test_a_signal_is_heeded_where_stderr_is_closed(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `2>&1 | tee log`, where Ctrl-C ends tee as well."""
+    args, real = tiny(script), os.write
+
+    def write(file: int, content: bytes) -> int:
+        if file == 2:
+            raise BrokenPipeError(32, "Broken pipe")
+        return real(file, content)
+
+    monkeypatch.setattr(os, "write", write)
+    record = script.Run.record
+
+    def interrupted(run: object, metrics: dict[str, float], last: bool) -> None:
+        record(run, metrics, last)
+        if run.iteration == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(script.Run, "record", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        script.train(args)
+    assert stop.value.code == 130
+    assert len(metrics(args.run_dir)) == 3  # the iteration under way is finished
+    assert script.load_checkpoint(args.run_dir)["progress"]["iteration"] == 3
+
+
+@scripts
+def test_the_summary_of_a_run_that_went_on_is_not_kept(script: ModuleType) -> None:
+    folder = Path(script.train(tiny(script)))
+    assert (folder / "summary.json").exists()
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(RuntimeError):
+        monkeypatch.setattr(script, "compute_gae", None)  # a fault in the first iteration
+        script.train(script.Args(resume=str(folder), total_timesteps=1024))
+    assert not (folder / "summary.json").exists()
+
+
 # ---- faults
 
 
@@ -351,7 +390,8 @@ def test_handlers_are_put_back() -> None:
 @pytest.mark.parametrize(
     ("way", "words"),
     [
-        ("obs", "observation[3, 0, 0]"),
+        ("obs", "'observation[3, 0, 0]"),
+        ("final", "final_observation[0, 0]"),
         ("reward", "reward[1, 0]"),
         ("infinite", "reward[1, 0]"),
         ("step", "the wheel came off"),
@@ -375,7 +415,7 @@ def test_faults_of_the_environment(
     # What is found in a batch is named with the batch's last step.
     iteration, step = {"reset": (0, 0), "step": (4, 192)}.get(way, (4, 256))
     assert f"iteration {iteration}" in error and f"step {step}" in error
-    if way in ("obs", "reward", "infinite"):
+    if way in ("obs", "final", "reward", "infinite"):
         assert "NaN or infinite" in error
     assert Path("run/config.json").exists()
     assert len(metrics("run")) == max(iteration - 1, 0)
@@ -385,6 +425,20 @@ def test_faults_of_the_environment(
         assert not any(x.isnan().any() for x in tensors)
         assert len(read_csv("run/episodes.csv")) >= 4 * 4
     assert not Path("run/summary.json").exists()
+
+
+@scripts
+def test_an_environment_that_cannot_be_closed_names_the_step(
+    script: ModuleType, run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BrokenPipeError is an OSError, and yet no bad input."""
+    box = "Box" if script is ppo_continuous else ""
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, *flags(script, env_id=f"envs:Bad{box}-close-v0", run_dir="run"))
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: iteration 8, after step 512: BrokenPipeError")
+    assert "files in run" in error and len(metrics("run")) == 8
 
 
 @scripts
@@ -531,6 +585,18 @@ def test_a_crash_is_marked_in_wandb_and_a_resumed_run_continues_it(
     run_main(script, "--resume", folder, "--total-timesteps", 192)
     assert tracker.options["id"] == wandb_id
     assert tracker.options["resume"]
+
+
+@scripts
+def test_wandb_that_goes_away_in_the_end_leaves_a_finished_run(
+    script: ModuleType, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(exit_code: int | None = None) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tracker, "finish", finish)
+    folder = script.train(tiny(script, track=True, total_timesteps=128))
+    assert Path(folder, "summary.json").exists()
 
 
 @scripts
@@ -794,6 +860,7 @@ def test_a_fault_of_another_process_names_the_step_too(
 ) -> None:
     """Without torchrun: what a process of rank 1 does by itself."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(script.Args, "check", lambda args: None)  # it asks for WORLD_SIZE
     box = "Box" if script is ppo_continuous else ""
     argv = flags(script, env_id=f"envs:Bad{box}-{way}-v0", run_dir="run")
     with pytest.raises(SystemExit) as stop:
@@ -855,6 +922,22 @@ def test_a_changed_script_does_not_replace_the_one_that_began(
     script.train(script.Args(resume=str(folder), total_timesteps=576))
     assert (folder / "script.py").read_text() == original
     assert (folder / "script-from-9.py").read_text() == original + "# mine\n"
+
+
+@scripts
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_progress_line_fits_into_the_terminal(
+    script: ModuleType,
+    columns: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A longer line would wrap, and the carriage return go back to the second part only."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    script.train(tiny(script))
+    lines = [x for x in re.split("[\r\n]", capsys.readouterr().out) if " SPS, " in x]
+    assert len(lines) >= 2 and all(70 < len(x) < columns for x in lines)
 
 
 @scripts

@@ -81,7 +81,7 @@ MOUNTAIN_CAR = (
 )
 LUNAR_LANDER = (
     "--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-minibatches 16 "
-    "--learning-rate 3e-4 --gamma 0.999 --gae-lambda 0.98 --norm-obs --norm-reward"
+    "--learning-rate 3e-4 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01 --norm-obs --norm-reward"
 )
 PONG = (
     "--total-timesteps 3000000 --num-envs 16 --num-steps 128 --update-epochs 3 "
@@ -171,7 +171,7 @@ EXPERIMENTS = {
     ),
     "lunarlander": Experiment(
         "ppo.py",
-        seeds=3,
+        seeds=5,
         envs={"LunarLander-v3": LUNAR_LANDER},
         settings={"documented": ""},
         needs=("Box2D", 'pip install "gymnasium[box2d]"'),
