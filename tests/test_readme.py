@@ -359,6 +359,26 @@ def test_modifications_apply_and_are_short(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) < 40
 
 
+@pytest.mark.parametrize("script", ["ppo.py", "ppo_continuous.py"])
+def test_two_learning_rates_leave_no_parameter_out(script: str, folder: Path) -> None:
+    """In the siblings too, for which the patch was not made: they have parameters of their own."""
+    text = (MODIFICATIONS / "critic_learning_rate.patch").read_text().replace("ppo.py", script)
+    shutil.copy(ROOT / script, folder)
+    apply = ["git", "apply", "-C0", "-"]  # a neighbouring line has another default
+    process = subprocess.run(apply, input=text, cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    module = load(folder / script, f"two_rates_{Path(script).stem}")
+    env_id = "CartPole-v1" if script == "ppo.py" else "Pendulum-v1"
+    settings = {"env_id": env_id, "total_timesteps": 64, "num_envs": 2, "num_steps": 16}
+    run = module.train(module.Args(**settings, num_minibatches=2, eval_episodes=0, run_dir="run"))
+    args = module.Args(env_id=env_id)
+    with contextlib.closing(module.make_envs(args, 1)) as envs:
+        parameters = list(module.Agent(envs).parameters())
+    groups = module.load_checkpoint(run)["optimizer"]["param_groups"]
+    assert len(groups) == 2
+    assert sum(len(group["params"]) for group in groups) == len(parameters)
+
+
 @pytest.mark.slow
 def test_the_corridor_is_learned(folder: Path) -> None:
     ppo = importlib.import_module("ppo")
