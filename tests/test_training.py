@@ -241,7 +241,14 @@ def test_discrete_identity_is_learned(coded: str) -> None:
     assert evaluated(ppo, folder) == 10
 
 
-@pytest.mark.parametrize("coded", ["box", "float64", "dict"])
+@pytest.mark.parametrize(
+    "coded",
+    [
+        pytest.param("box", marks=pytest.mark.slow),
+        pytest.param("float64", marks=pytest.mark.slow),
+        "dict",
+    ],
+)
 def test_continuous_identity_is_learned(coded: str) -> None:
     """A policy that ignores the target cannot do better than -20 / 3."""
     settings = LEARN | {"total_timesteps": 60 * 256, "norm_obs": True, "norm_reward": True}
