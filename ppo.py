@@ -1016,7 +1016,7 @@ def evaluate_checkpoint(args: Args, defaults: Args) -> None:
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit code 2."""
     try:
-        args, defaults = tyro.cli(Args), Args()
+        args, defaults = tyro.cli(Args), None
         if path := args.resume or args.evaluate:
             defaults = Args(**load_checkpoint(path)["args"])
             args = tyro.cli(Args, default=defaults)

@@ -327,14 +327,16 @@ def test_python_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # ---- modifications
 
 
-def patched(name: str, folder: Path) -> ModuleType:
-    """The script that the patch changes, changed, as a module."""
-    patch = MODIFICATIONS / f"{name}.patch"
-    script = re.search(r"^\+\+\+ b/(\w+\.py)$", patch.read_text(), re.MULTILINE)[1]
+def patched(name: str, folder: Path, sibling: str | None = None) -> ModuleType:
+    """The script that the patch changes, changed, as a module; or a sibling of that script."""
+    patch = (MODIFICATIONS / f"{name}.patch").read_text()
+    own = re.search(r"^\+\+\+ b/(\w+\.py)$", patch, re.MULTILINE)[1]
+    script = sibling or own
     shutil.copy(ROOT / script, folder)
-    process = subprocess.run(
-        ["git", "apply", "--verbose", str(patch)], cwd=folder, capture_output=True, text=True
-    )
+    # Beside what changes, a sibling may have other lines (another default).
+    command = ["git", "apply", "--verbose", *(["-C0"] if sibling else []), "-"]
+    text = patch.replace(own, script)
+    process = subprocess.run(command, input=text, cwd=folder, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert (folder / script).read_bytes() != (ROOT / script).read_bytes()
     return load(folder / script, f"{name}_{Path(script).stem}")
@@ -359,22 +361,15 @@ def test_modifications_apply_and_are_short(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) < 40
 
 
-@pytest.mark.parametrize("script", ["ppo.py", "ppo_continuous.py"])
-def test_two_learning_rates_leave_no_parameter_out(script: str, folder: Path) -> None:
-    """In the siblings too, for which the patch was not made: they have parameters of their own."""
-    text = (MODIFICATIONS / "critic_learning_rate.patch").read_text().replace("ppo.py", script)
-    shutil.copy(ROOT / script, folder)
-    apply = ["git", "apply", "-C0", "-"]  # a neighbouring line has another default
-    process = subprocess.run(apply, input=text, cwd=folder, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    module = load(folder / script, f"two_rates_{Path(script).stem}")
-    env_id = "CartPole-v1" if script == "ppo.py" else "Pendulum-v1"
-    settings = {"env_id": env_id, "total_timesteps": 64, "num_envs": 2, "num_steps": 16}
-    run = module.train(module.Args(**settings, num_minibatches=2, eval_episodes=0, run_dir="run"))
-    args = module.Args(env_id=env_id)
+@pytest.mark.parametrize("sibling", [None, "ppo_continuous.py"])
+def test_two_learning_rates_leave_no_parameter_out(sibling: str | None, folder: Path) -> None:
+    """In a sibling too, for which the patch was not made: it has parameters of its own."""
+    module = patched("critic_learning_rate", folder, sibling)
+    env_id = "Pendulum-v1" if sibling else "CartPole-v1"
+    args = module.Args(**TINY | {"env_id": env_id, "run_dir": "run", "total_timesteps": 64})
+    groups = module.load_checkpoint(module.train(args))["optimizer"]["param_groups"]
     with contextlib.closing(module.make_envs(args, 1)) as envs:
         parameters = list(module.Agent(envs).parameters())
-    groups = module.load_checkpoint(run)["optimizer"]["param_groups"]
     assert len(groups) == 2
     assert sum(len(group["params"]) for group in groups) == len(parameters)
 

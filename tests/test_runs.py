@@ -363,7 +363,7 @@ def test_a_signal_is_heeded_where_stderr_is_closed(
     def interrupted(run: object, metrics: dict[str, float], last: bool) -> None:
         record(run, metrics, last)
         if run.iteration == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # in this thread, at once
 
     monkeypatch.setattr(script.Run, "record", interrupted)
     with pytest.raises(SystemExit) as stop:
@@ -374,11 +374,13 @@ def test_a_signal_is_heeded_where_stderr_is_closed(
 
 
 @scripts
-def test_the_summary_of_a_run_that_went_on_is_not_kept(script: ModuleType) -> None:
+def test_the_summary_of_a_run_that_went_on_is_not_kept(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(script.train(tiny(script)))
     assert (folder / "summary.json").exists()
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(RuntimeError):
-        monkeypatch.setattr(script, "compute_gae", None)  # a fault in the first iteration
+    monkeypatch.setattr(script, "compute_gae", None)  # a fault in the first iteration
+    with pytest.raises(RuntimeError):
         script.train(script.Args(resume=str(folder), total_timesteps=1024))
     assert not (folder / "summary.json").exists()
 
