@@ -14,6 +14,8 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests know what a CPU computes, also beside a GPU
+
 # PPO_SCRIPTS_DIR lets the tests judge changed copies of the scripts, in another folder.
 FOLDER = Path(os.environ.get("PPO_SCRIPTS_DIR", Path(__file__).resolve().parents[1]))
 SCRIPTS = [

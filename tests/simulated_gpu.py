@@ -148,6 +148,10 @@ def simulated_gpu() -> Iterator[Operations]:
     with (
         mock.patch.multiple("torch.cuda", **functions),
         mock.patch.multiple("torch.distributed", **collectives),
+        # Adam asks whether its step is being recorded; torch with CUDA would ask the driver
+        mock.patch.object(
+            torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda adam: None
+        ),
         Names(),
         gpu,
     ):

@@ -17,7 +17,6 @@ import ppo
 import ppo_continuous
 
 scripts = pytest.mark.parametrize("script", SCRIPTS, ids=[s.__name__ for s in SCRIPTS])
-needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_the_simulated_gpu_computes_gradients() -> None:
         assert layer.weight.grad.cpu().tolist() == [[1, 2, 3]]
         # Adam's first step is the learning rate, against the sign of the gradient.
         assert torch.allclose(before - layer.weight.detach().cpu(), torch.ones(1, 3))
+
+
+def test_adam_does_not_ask_for_a_real_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch that was built for CUDA names the simulated GPU as its accelerator."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    test_the_simulated_gpu_computes_gradients()
+
+
+def test_no_test_computes_on_a_real_gpu() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(
