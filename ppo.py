@@ -737,15 +737,14 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, columns in (("metrics.csv", METRICS), ("episodes.csv", EPISODES)):
                 file = stack.enter_context(open(self.folder / name, "r+" if saved else "x"))
-                self.files[name] = file
-                if file.seek(0, os.SEEK_END) < saved.get(name, 0):
-                    raise OSError(f"{name} is shorter than the checkpoint says")
-                file.seek(0)
-                if saved and file.readline().strip() != ",".join(columns):
-                    raise OSError(f"{name} has other columns than this script writes")
-                file.truncate(saved.get(name, 0))  # rows after the checkpoint are trained again
-                file.seek(0, os.SEEK_END)
-                file.write("" if saved else ",".join(columns) + "\n")
+                self.files[name], header = file, ",".join(columns) + "\n"
+                if not saved:
+                    file.write(header)
+                elif file.readline() != header or file.seek(0, os.SEEK_END) < saved[name]:
+                    raise OSError(f"{name} has other columns or fewer rows than the checkpoint's")
+                else:
+                    file.seek(saved[name])
+                    file.truncate()  # rows after the checkpoint are trained again
             write(self.folder / "config.json", json.dumps(config, indent=2).encode())
             script, own = self.folder / "script.py", Path(__file__).read_bytes()
             if script.exists() and script.read_bytes() != own:  # resumed with a changed one
@@ -764,7 +763,8 @@ class Run:
             except Exception as error:  # not logged in, no network
                 raise ValueError(f"--track True: {' '.join(f'{error}'.split())}") from error
             self.wandb.define_metric("*", step_metric="global_step")
-            self.wandb.save(script, base_path=self.folder, policy="now")
+            self.wandb.log_code(self.folder, include_fn=lambda path: path.endswith(script.name))
+            self.video, self.films = wandb.Video, {*self.folder.glob("videos/*/*.mp4")}  # sent
         (self.folder / "summary.json").unlink(missing_ok=True)  # of the run before it went on
         stack.push(self.on_exit)
         done = f" ({self.iteration:,} of them done)" if saved else ""
@@ -818,16 +818,15 @@ class Run:
         row = metrics | {"global_step": self.global_step, "charts/SPS": round(self.sps)}
         row |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
         row |= {"wall_time": round(self.wall_time, 3)}
-        cells = (row.get(name, math.nan) for name in METRICS)
-        print(*cells, sep=",", file=self.files["metrics.csv"])
+        print(*(row.get(name, "nan") for name in METRICS), sep=",", file=self.files["metrics.csv"])
         for file in self.files.values():
             file.flush()
         if self.wandb:
             try:
-                self.wandb.log(row)
-                if args.capture_video:  # it sends each file once
-                    films = self.folder / "videos" / "*" / "*.mp4"
-                    self.wandb.save(films, base_path=self.folder, policy="now")
+                films = {*self.folder.glob("videos/*/*.mp4")} - self.films
+                self.films |= films
+                videos = [self.video(str(film)) for film in sorted(films)]
+                self.wandb.log(row | ({"videos": videos} if videos else {}))
             except Exception as error:
                 self.wandb = None
                 print(f"wandb is gone, training goes on: {error}", file=sys.stderr)
@@ -958,8 +957,7 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None, run: Run | No
     numbers = (float(returns.mean()), float(returns.std()), n)
     cut = (lengths >= 27_000).tolist()
     if any(cut):
-        cuts = f"{sum(cut)} of {n} evaluation episodes were cut at 27,000 steps"
-        print(f"{cuts}; have they a time limit?", file=sys.stderr)
+        print(f"{sum(cut)} of {n} evaluation episodes were cut at 27,000 steps", file=sys.stderr)
     episodes = {"returns": returns.tolist(), "lengths": lengths.tolist(), "cut": cut}
     return dict(zip(EVALUATION, numbers, strict=True)) | episodes
 
@@ -973,6 +971,12 @@ def train(args: Args, defaults: Args | None = None) -> str:
     args = resumed_args(args, defaults or Args()) if args.resume else args
     args.check()
     args = replace(args, run_dir=str(folder_of(args)))
+    try:
+        if args.compile:
+            torch.compile(lambda x: x + 1)(torch.ones(2, device="cuda" if args.cuda else "cpu"))
+    except Exception as error:
+        reason = f"needs a C++ compiler and Python's headers, say g++ and python3-dev ({error}"
+        raise ValueError(f"--compile True: {reason.splitlines()[0]})") from error
     with contextlib.ExitStack() as stack:
         if "WORLD_SIZE" in os.environ:
             if args.cuda:
@@ -988,10 +992,9 @@ def train(args: Args, defaults: Args | None = None) -> str:
             print(f"stopped; go on with --resume {run.folder}\n" * (run.rank == 0), end="")
             raise SystemExit(128 + run.signal)
         if run.rank == 0:
-            returns = [episodic_return for episodic_return, _ in run.episodes]
+            mean_return = float(np.mean(run.episodes, axis=0)[0]) if run.episodes else None
             summary = {"global_step": run.global_step, "wall_time": round(run.wall_time, 3)}
-            summary["SPS"] = round(run.sps)
-            summary["train_return_last100"] = float(np.mean(returns)) if returns else None
+            summary |= {"SPS": round(run.sps), "train_return_last100": mean_return}
             summary |= {x: result[x] for x in EVALUATION} | {"solved_at_step": run.solved_at_step}
             write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
             print(*(f"{name}={value}" for name, value in summary.items()))

@@ -420,6 +420,31 @@ def test_cuda_with_fewer_gpus_than_processes(
 
 
 @scripts
+def test_compiling_without_a_compiler(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(function: object) -> None:
+        raise RuntimeError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(ValueError, match=r"^--compile True: needs .* \(No working C\+\+ .*\)$"):
+        script.train(tiny(script, compile=True, run_dir=str(tmp_path / "run")))
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.slow
+def test_a_real_missing_compiler_is_named(tmp_path: Path) -> None:
+    environ = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, ppo.__file__, *BASE[ppo], "--compile"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | environ, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout and not (tmp_path / "runs").exists()
+    assert done.stderr.startswith("error: --compile True: needs a C++ compiler")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@scripts
 def test_tracking_without_wandb(
     script: ModuleType,
     tmp_path: Path,

@@ -537,8 +537,11 @@ class Tracker(ModuleType):
     def define_metric(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def save(self, *args: object, **kwargs: object) -> None:
+    def log_code(self, *args: object, **kwargs: object) -> None:
         pass
+
+    def Video(self, path: str) -> str:  # noqa: N802
+        return path
 
     def log(self, row: dict, **kwargs: object) -> None:
         assert not kwargs  # step= would drop the rows of a resumed run
@@ -628,28 +631,32 @@ def test_tracking_without_an_account_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @scripts
 def test_wandb_offline(script: ModuleType, tmp_path: Path) -> None:
-    environ = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path / "w"), "WANDB_SILENT": "true"}
+    environ = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path / "w")}
     argv = [*flags(script, run_dir=tmp_path / "run"), "--track"]
     process = start(script, argv, tmp_path / "out", environ)
     process.join(120)
-    assert process.exitcode == 0, (tmp_path / "out" / "stderr").read_text()
-    stored = list(tmp_path.rglob("run-*.wandb"))
-    assert len(stored) == 1 and stored[0].stat().st_size > 1000
-    assert b"losses/value_loss" in stored[0].read_bytes()
+    err = (tmp_path / "out" / "stderr").read_text()
+    assert process.exitcode == 0 and "warn" not in err.lower(), err
+    (stored,) = tmp_path.rglob("run-*.wandb")
+    assert b"losses/value_loss" in stored.read_bytes() and b"script.py" in stored.read_bytes()
     assert len(metrics(tmp_path / "run")) == 8
 
 
 @pytest.mark.slow
-def test_films_reach_wandb(tmp_path: Path) -> None:
-    environ = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    argv = [*flags(ppo, run_dir=tmp_path / "run"), "--track", "--capture-video"]
-    process = start(ppo, argv, tmp_path / "out", environ)
-    process.join(120)
-    assert process.exitcode == 0, (tmp_path / "out" / "stderr").read_text()
-    films = {path.relative_to(tmp_path / "run") for path in videos(tmp_path / "run")}
-    (sent,) = (tmp_path / "run" / "wandb").glob("offline-run-*/files")
-    assert films
-    assert {path.relative_to(sent) for path in sent.rglob("*.mp4")} == films
+def test_films_reach_wandb_once(tmp_path: Path) -> None:
+    environ = {"WANDB_MODE": "offline"}
+    first = [*flags(ppo, run_dir=tmp_path / "run"), "--track", "--capture-video"]
+    second = ["--resume", str(tmp_path / "run"), "--total-timesteps", "1024"]
+    for number, argv in enumerate((first, second)):
+        before = videos(tmp_path / "run")
+        process = start(ppo, argv, tmp_path / f"out-{number}", environ)
+        process.join(120)
+        err = (tmp_path / f"out-{number}" / "stderr").read_text()
+        assert process.exitcode == 0 and "warn" not in err.lower(), err
+        films = [path.read_bytes() for path in videos(tmp_path / "run") if path not in before]
+        (sent,) = (tmp_path / "run" / "wandb" / "latest-run").glob("files/media/videos")
+        assert films
+        assert sorted(path.read_bytes() for path in sent.rglob("*.mp4")) == sorted(films)
 
 
 # ---- found by reading
@@ -878,7 +885,7 @@ def test_cut_evaluation_episodes_are_announced(capsys: pytest.CaptureFixture[str
     with contextlib.closing(ppo.make_envs(args, 1)) as envs:
         result = ppo.evaluate(ppo.Agent(envs), args)
     assert result["cut"] == [True, True] and result["lengths"] == [27_000] * 2
-    line = "2 of 2 evaluation episodes were cut at 27,000 steps; have they a time limit?\n"
+    line = "2 of 2 evaluation episodes were cut at 27,000 steps\n"
     assert capsys.readouterr().err == line
 
 
@@ -894,7 +901,7 @@ def test_the_records_that_a_checkpoint_continues_must_be_there(
     assert os.listdir(tmp_path / "alone") == ["checkpoint.pt"]
     lines = (folder / "episodes.csv").read_bytes().splitlines(keepends=True)
     (folder / "episodes.csv").write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(ValueError, match="--resume .*episodes.csv is shorter than the checkpoint"):
+    with pytest.raises(ValueError, match="--resume .*episodes.csv has other columns or fewer rows"):
         script.train(script.Args(resume=str(folder), total_timesteps=576))
     assert (folder / "episodes.csv").read_bytes() == b"".join(lines[:-1])
 
