@@ -247,7 +247,7 @@ def test_the_compiler_has_nothing_to_warn_of(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It asks for TF32 wherever a GPU has it; without --compile, products stay as exact as ever."""
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for compiles in (True, False):
         on_gpu(script, compile=compiles, total_timesteps=24, eval_episodes=0)
         assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == compiles
