@@ -3,6 +3,7 @@
 # dependencies = [
 #   "torch==2.13.0",
 #   "gymnasium[classic-control,mujoco,atari,other]==1.4.0",
+#   "ale-py==0.12.1",
 #   "numpy>=1.26",
 #   "tyro==1.0.17",
 #   "wandb==0.31.0",

@@ -136,7 +136,8 @@ def test_inline_requirements_are_those_of_the_repository(path: Path) -> None:
     assert dependencies
     assert set(dependencies) <= set(required)
     distributions = {re.match(r"[\w-]+", line)[0] for line in dependencies}
-    assert distributions >= CARD
+    simulators = {"ppo_continuous.py": {"mujoco"}, "ppo_atari.py": {"ale-py"}}
+    assert distributions == CARD | simulators.get(path.name, set())  # pinned, as scores need it
     assert block[:2] == ['# requires-python = ">=3.10"', "# dependencies = ["]
     assert len(block) == len(dependencies) + 3
 
@@ -164,8 +165,8 @@ def test_length_of_the_page(path: Path) -> None:
     assert max(map(len, lines)) <= 100
     assert len(ast.get_docstring(ast.parse(text)).splitlines()) <= 40
     end_of_algorithm = lines.index("# <<< shared: algorithm")
-    assert end_of_algorithm <= 727, f"{end_of_algorithm} lines of algorithm"
-    assert len(lines) <= 1090, f"{len(lines)} lines"
+    assert end_of_algorithm <= 728, f"{end_of_algorithm} lines of algorithm"
+    assert len(lines) <= 1091, f"{len(lines)} lines"
 
 
 def test_no_line_is_too_long() -> None:
