@@ -1013,12 +1013,12 @@ def train(args: Args, defaults: Args | None = None) -> str:
     args = resumed_args(args, defaults or Args()) if args.resume else args
     args.check()
     args = replace(args, run_dir=str(folder_of(args)))
-    try:
-        if args.compile:
+    if args.compile:
+        try:
             torch.compile(lambda x: x + 1)(torch.ones(2, device="cuda" if args.cuda else "cpu"))
-    except Exception as error:
-        reason = f"needs a C++ compiler and Python's headers, say g++ and python3-dev ({error}"
-        raise ValueError(f"--compile True: {reason.splitlines()[0]})") from error
+        except Exception as error:
+            reason = f"needs a C++ compiler and Python's headers, say g++ and python3-dev ({error}"
+            raise ValueError(f"--compile True: {reason.splitlines()[0]})") from error
     with contextlib.ExitStack() as stack:
         if "WORLD_SIZE" in os.environ:
             if args.cuda:
@@ -1039,6 +1039,8 @@ def train(args: Args, defaults: Args | None = None) -> str:
             summary |= {"SPS": round(run.sps), "train_return_last100": mean_return}
             summary |= {x: result[x] for x in EVALUATION} | {"solved_at_step": run.solved_at_step}
             write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
+            with contextlib.suppress(Exception):  # wandb is gone, or was never there
+                run.wandb.summary.update(summary)
             print(*(f"{name}={value}" for name, value in summary.items()))
             print(f"files in {run.folder}", flush=True)
     return str(run.folder)

@@ -528,6 +528,7 @@ class Tracker(ModuleType):
         self.__spec__ = machinery.ModuleSpec("wandb", None)
         self.rows: list[dict] = []
         self.options: dict = {}
+        self.summary: dict = {}
         self.exit_code: int | None = None
 
     def init(self, **options: object) -> "Tracker":
@@ -587,6 +588,7 @@ def test_a_crash_is_marked_in_wandb_and_a_resumed_run_continues_it(
     folder = script.train(tiny(script, track=True, total_timesteps=128))
     assert tracker.exit_code == 0
     wandb_id = tracker.options["id"]
+    assert tracker.summary == json.loads(Path(folder, "summary.json").read_text())
     run_main(script, "--resume", folder, "--total-timesteps", 192)
     assert tracker.options["id"] == wandb_id
     assert tracker.options["resume"]
@@ -638,7 +640,8 @@ def test_wandb_offline(script: ModuleType, tmp_path: Path) -> None:
     err = (tmp_path / "out" / "stderr").read_text()
     assert process.exitcode == 0 and "warn" not in err.lower(), err
     (stored,) = tmp_path.rglob("run-*.wandb")
-    assert b"losses/value_loss" in stored.read_bytes() and b"script.py" in stored.read_bytes()
+    content = stored.read_bytes()
+    assert all(name in content for name in (b"losses/value_loss", b"script.py", b"eval_return_std"))
     assert len(metrics(tmp_path / "run")) == 8
 
 
