@@ -183,10 +183,13 @@ class Args:
             number = value if isinstance(value, int | float) else 0
             refuse(name, not 0 <= number < math.inf, "must be a finite number, not negative")
             refuse(name, value == "", "is empty; give it a value or leave it out")
-            refuse(name, name in counts and value < 1, "must be at least 1")
+            whole = type(value) is int and value >= 1
+            refuse(name, name in counts and not whole, "must be a whole number of at least 1")
             refuse(name, number > most.get(name, number), f"must be at most {most.get(name, 0):,}")
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
             refuse(name, getattr(self, name) == 0, "must be greater than 0")
+        kinds = ("clip", "kl-adaptive", "kl-fixed", "none")
+        refuse("surrogate", self.surrogate not in kinds, f"must be one of {', '.join(kinds)}")
         batch = f"the batch of --num-envs x --num-steps = {self.batch_size} rows"
         processes, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
         if not (processes.isdecimal() and rank.isdecimal() and int(rank) < int(processes)):
@@ -214,7 +217,8 @@ class Args:
         refuse("cuda", self.cuda and few, f"needs a GPU per process, found {gpus}; try --no-cuda")
         tracks = self.track and not self.evaluate
         refuse("track", tracks and not importlib.util.find_spec("wandb"), "pip install wandb")
-        refuse("evaluate", self.evaluate and self.resume, "does not go with --resume")
+        apart = self.evaluate and (self.resume or processes > 1)
+        refuse("evaluate", apart, "goes neither with --resume nor with torchrun")
         refuse("eval_episodes", self.evaluate and not self.eval_episodes, "must be at least 1")
 
     # <<< shared: check

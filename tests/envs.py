@@ -238,6 +238,21 @@ class Plain(gym.Env):
         return np.zeros(2, np.float32), float(action), False, False, {}
 
 
+class Dark(Plain):
+    """Says that it can be drawn, and cannot, as MuJoCo without a display."""
+
+    metadata: ClassVar[dict[str, object]] = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, continuous: bool = False, render_mode: str | None = None) -> None:
+        self.action_space = (
+            spaces.Box(-1, 1, (1,), np.float32) if continuous else Plain.action_space
+        )
+        self.render_mode = render_mode
+
+    def render(self) -> None:
+        raise OSError("no display")
+
+
 class Spaces(gym.Env):
     """Has the spaces that it is told to have, for refusals; it is never stepped."""
 
@@ -291,6 +306,8 @@ for way in ("obs", "final", "reward", "infinite", "step", "soon", "init", "reset
     register(f"Bad-{way}", Bad, way=way)
     register(f"BadBox-{way}", Bad, way=way, continuous=True)
 register("Plain", Plain, limit=10)
+register("Dark", Dark, limit=10)
+register("DarkBox", Dark, limit=10, continuous=True)
 register("Endless", Constant, length=10**9)
 for acts in Spaces.actions:
     register(f"Acts-{acts}", Spaces, acts=acts)

@@ -190,6 +190,7 @@ TABLE = [
         "--num-minibatches 2",
         {"WORLD_SIZE": "2", "RANK": "0"},
     ),
+    Bad("--evaluate {own}", "--evaluate torchrun", {"WORLD_SIZE": "2", "RANK": "0"}),
     Bad("", "RANK", {"WORLD_SIZE": "2"}),
     Bad("", "WORLD_SIZE", {"WORLD_SIZE": "many"}),
     Bad("", "WORLD_SIZE", {"WORLD_SIZE": "0"}),
@@ -205,6 +206,12 @@ TABLE = [
         "--env-id envs:Plain-v0 --capture-video",
         "envs:Plain-v0 --capture-video rgb_array",
         script=ppo,
+    ),
+    Bad("--env-id envs:Dark-v0 --capture-video", "--capture-video drawn display", script=ppo),
+    Bad(
+        "--env-id envs:DarkBox-v0 --capture-video",
+        "--capture-video drawn display",
+        script=ppo_continuous,
     ),
 ]
 # What stands before a command line that names no environment and no checkpoint.
@@ -322,6 +329,26 @@ def test_refused(
         assert word in line
     assert snapshot(tmp_path) == {}
     assert snapshot(root) == before
+
+
+@scripts
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("surrogate", "kl_adaptive"),
+        ("surrogate", None),
+        ("total_timesteps", 1e6),
+        ("total_timesteps", "1000000"),
+        ("num_envs", 4.0),
+        ("update_epochs", True),
+    ],
+)
+def test_what_tyro_would_refuse_is_refused_from_python(
+    script: ModuleType, name: str, value: object
+) -> None:
+    """Unknown names must not train something else in silence."""
+    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} {value}: must be "):
+        script.train(script.Args(**{name: value}))
 
 
 def test_enough_bad_inputs_are_tried() -> None:
