@@ -177,7 +177,7 @@ class Args:
             refuse(name, not 0 <= number < math.inf, "must be a finite number, not negative")
             refuse(name, value == "", "is empty; give it a value or leave it out")
             whole = type(value) is int and value >= 1
-            refuse(name, name in counts and not whole, "must be a whole number of at least 1")
+            refuse(name, name in counts and not whole, "must be a whole number (int) of at least 1")
             refuse(name, number > most.get(name, number), f"must be at most {most.get(name, 0):,}")
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
             refuse(name, getattr(self, name) == 0, "must be greater than 0")
