@@ -1017,6 +1017,8 @@ def train(args: Args, defaults: Args | None = None) -> str:
     args = resumed_args(args, defaults or Args()) if args.resume else args
     args.check()
     args = replace(args, run_dir=str(folder_of(args)))
+    if args.cuda and "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.compile:
         try:
             torch.compile(lambda x: x + 1)(torch.ones(2, device="cuda" if args.cuda else "cpu"))
@@ -1025,8 +1027,6 @@ def train(args: Args, defaults: Args | None = None) -> str:
             raise ValueError(f"--compile True: {reason.splitlines()[0]})") from error
     with contextlib.ExitStack() as stack:
         if "WORLD_SIZE" in os.environ:
-            if args.cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             distributed.init_process_group("nccl" if args.cuda else "gloo")
         agent, run = ppo(args, stack)
         if distributed.is_initialized():

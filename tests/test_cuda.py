@@ -243,6 +243,25 @@ def test_a_fault_of_an_environment_is_named(script: ModuleType) -> None:
 
 
 @few_numbers
+def test_each_process_tries_the_compiler_on_its_own_gpu(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each would hold memory of the first GPU, too."""
+    devices = []
+
+    def no_compiler(function: object) -> None:
+        devices.append(torch.cuda.current_device())
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="--compile True"):
+        on_gpu(script, compile=True)
+    assert devices == [1]
+
+
+@few_numbers
 def test_the_compiler_has_nothing_to_warn_of(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
