@@ -52,7 +52,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -188,7 +188,7 @@ class Args:
             refuse(name, number > most.get(name, number), f"must be at most {most.get(name, 0):,}")
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
             refuse(name, getattr(self, name) == 0, "must be greater than 0")
-        kinds = ("clip", "kl-adaptive", "kl-fixed", "none")
+        kinds = get_args(Args.__annotations__["surrogate"])
         refuse("surrogate", self.surrogate not in kinds, f"must be one of {', '.join(kinds)}")
         batch = f"the batch of --num-envs x --num-steps = {self.batch_size} rows"
         processes, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
