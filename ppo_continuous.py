@@ -931,8 +931,7 @@ def folder_of(args: Args) -> Path:
 
 def video_folder(args: Args) -> Path | None:
     """A new folder for each start, as each numbers its films from 0 on."""
-    folder = Path(args.run_dir, "videos", f"started-{int(time.time())}")
-    return folder if args.capture_video else None
+    return Path(args.run_dir, f"videos/started-{int(time.time())}") if args.capture_video else None
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
@@ -1032,6 +1031,7 @@ def train(args: Args, defaults: Args | None = None) -> str:
             raise ValueError(f"--compile True: {reason.splitlines()[0]})") from error
     with contextlib.ExitStack() as stack:
         if "WORLD_SIZE" in os.environ:
+            importlib.import_module("torch.distributed.nn")  # later, it would keep the group alive
             distributed.init_process_group("nccl" if args.cuda else "gloo")
         agent, run = ppo(args, stack)
         if distributed.is_initialized():

@@ -24,22 +24,31 @@ DRIVER = str(TESTS / "torchrun_driver.py")
 pytestmark = pytest.mark.slow  # each start of torchrun imports torch three times
 
 
-def torchrun(folder: Path, *argv: str) -> subprocess.Popen:
-    """Start two processes in the folder; what they say goes to its files stdout and stderr."""
+class Processes(subprocess.Popen):
+    """Those of torchrun, in a folder whose files stdout and stderr get what they say."""
+
+    folder: Path
+
+
+def torchrun(folder: Path, *argv: str) -> Processes:
+    """Start two processes in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", *argv]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
-        return subprocess.Popen(command, cwd=folder, env=environ, stdout=out, stderr=err)
+        processes = Processes(command, cwd=folder, env=environ, stdout=out, stderr=err)
+    processes.folder = folder
+    return processes
 
 
-def finish(process: subprocess.Popen, seconds: float = 300) -> int:
+def finish(processes: Processes, seconds: float = 300) -> int:
     try:
-        return process.wait(seconds)
+        return processes.wait(seconds)
     finally:
-        process.kill()
-        process.wait()
+        processes.kill()
+        processes.wait()
+        print((processes.folder / "stderr").read_text())  # pytest shows it where a test fails
 
 
 def script_file(script: ModuleType) -> str:
@@ -141,6 +150,12 @@ def test_parameters_and_statistics_stay_bit_equal(trained: Trained) -> None:
     moments = [rank["optimizer"]["state"] for rank in (first, second)]
     for index, state in moments[0].items():
         assert all(torch.equal(x, moments[1][index][key]) for key, x in state.items())
+
+
+def test_no_thread_of_the_process_group_outlives_it(trained: Trained) -> None:
+    """One that frees a tensor while the interpreter ends takes the process down: SIGABRT."""
+    for rank in ranks(trained[1]):
+        assert rank["group_threads"]["training"] and not rank["group_threads"]["trained"]
 
 
 def test_processes_see_and_do_different_things(trained: Trained) -> None:

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -93,6 +94,12 @@ def mathematics(script: ModuleType, share: slice) -> dict[str, Any]:
     }
 
 
+def group_threads() -> list[str]:
+    """Names of the threads that gloo runs in this process, as Linux lists them."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return sorted(name for name in names if "gloo" in name)
+
+
 def training(script: ModuleType, settings: dict[str, Any]) -> dict[str, Any]:
     """Train; keep what this process did and what its agent became."""
     first, actions, kept = [], [], {}
@@ -118,10 +125,12 @@ def training(script: ModuleType, settings: dict[str, Any]) -> dict[str, Any]:
         agent, run = real_ppo(args, stack)
         modules = {name: module.state_dict() for name, module in run.modules.items()}
         kept.update(modules, actions=torch.stack(actions), first=first[0])
+        kept["group_threads"] = {"training": group_threads()}
         return agent, run
 
     script.make_envs, script.ppo = make_envs, ppo
     kept["folder"] = script.train(script.Args(**settings))
+    kept["group_threads"]["trained"] = group_threads()
     return kept
 
 
@@ -133,6 +142,7 @@ def main() -> None:
         with simulated_gpu() if settings["cuda"] else contextlib.nullcontext():
             result = training(script, settings)
     else:
+        importlib.import_module("torch.distributed.nn")  # as in the scripts, before the group
         dist.init_process_group("gloo")
         share = slice(rank, None, PROCESSES)
         result = {name: mathematics(importlib.import_module(name), share) for name in settings}
