@@ -528,6 +528,7 @@ def test_train_raises_the_line_that_main_prints(
     assert snapshot(tmp_path) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "argv", "says"),
     [

@@ -224,11 +224,8 @@ def test_a_copy_may_rename_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert envs.single_observation_space.shape == (4, 84, 84)
 
 
-@pytest.mark.parametrize(
-    "script",
-    [ppo, pytest.param(ppo_continuous, marks=pytest.mark.slow)],
-    ids=["ppo", "ppo_continuous"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [ppo, ppo_continuous], ids=["ppo", "ppo_continuous"])
 def test_script_py_of_a_run_reproduces_it(script: object, tmp_path: Path) -> None:
     """script.py of the folder, with the arguments of config.json."""
     folder = script.train(tiny(script, run_dir=str(tmp_path / "a")))

@@ -883,6 +883,7 @@ def test_a_fault_of_another_process_names_the_step_too(
     assert "files in" not in last  # it has none
 
 
+@pytest.mark.slow
 def test_cut_evaluation_episodes_are_announced(capsys: pytest.CaptureFixture[str]) -> None:
     args = tiny(ppo, env_id="envs:Endless-v0", eval_episodes=2)
     with contextlib.closing(ppo.make_envs(args, 1)) as envs:

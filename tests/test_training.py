@@ -50,7 +50,7 @@ def saved_agent(script: ModuleType, folder: str) -> torch.nn.Module:
 def test_value_of_constant_reward(script: ModuleType, name: str, value: float) -> None:
     """V = 1 / (1 - gamma) where only time limits end episodes; 1 where each step is the last."""
     env_id = f"envs:{name}{box(script)}-v0"
-    settings = FAST | {"total_timesteps": 60 * 256, "gamma": 0.9, "gae_lambda": 0.95}
+    settings = FAST | {"total_timesteps": 30 * 256, "gamma": 0.9, "gae_lambda": 0.95}
     folder = script.train(tiny(script, env_id=env_id, **settings))
     learned = saved_agent(script, folder).get_value(torch.ones(1, 1)).item()
     assert learned == pytest.approx(value, rel=0.03)
