@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -14,13 +15,12 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests know what a CPU computes, also beside a GPU
+# The tests know what a CPU computes. CUDA_VISIBLE_DEVICES=0 shows them a GPU all the same.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 # PPO_SCRIPTS_DIR lets the tests judge changed copies of the scripts, in another folder.
 FOLDER = Path(os.environ.get("PPO_SCRIPTS_DIR", Path(__file__).resolve().parents[1]))
-SCRIPTS = [
-    name for name in ("ppo", "ppo_continuous", "ppo_atari") if (FOLDER / f"{name}.py").exists()
-]
+SCRIPTS = ("ppo", "ppo_continuous", "ppo_atari")
 sys.path.insert(0, str(FOLDER))
 
 VECTOR = Box(-np.inf, np.inf, (3,), np.float32)
@@ -47,28 +47,41 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleT
 
 @pytest.fixture(params=SCRIPTS)
 def script(request: pytest.FixtureRequest) -> ModuleType:
-    """Each script that exists; @pytest.mark.parametrize("script", [...], indirect=True) picks."""
-    if request.param not in SCRIPTS:
-        pytest.skip(f"no {request.param}.py")
+    """Each script; @pytest.mark.parametrize("script", [...], indirect=True) picks."""
     return importlib.import_module(request.param)
 
 
 @pytest.fixture
-def agent(script: ModuleType) -> nn.Module:
-    """An agent with 5 actions, or with actions of shape (2, 3)."""
-    observations, actions = SPACES[script.__name__]
-    envs = SimpleNamespace(single_observation_space=observations, single_action_space=actions)
-    return script.Agent(envs)
+def make_agent(script: ModuleType) -> Callable[..., nn.Module]:
+    """make_agent(observations, actions, **flags): an agent for these spaces, of a real one."""
+
+    def make_agent(
+        observations: gym.Space | None = None, actions: gym.Space | None = None, **flags: object
+    ) -> nn.Module:
+        usual_observations, usual_actions = SPACES[script.__name__]
+        envs = SimpleNamespace(
+            single_observation_space=observations or usual_observations,
+            single_action_space=actions or usual_actions,
+        )
+        return script.Agent(envs, script.Args(cuda=False, **flags))
+
+    return make_agent
 
 
 @pytest.fixture
-def observe(script: ModuleType) -> Callable[[int], Tensor]:
-    """A function that makes up n raw observations."""
+def agent(make_agent: Callable[..., nn.Module]) -> nn.Module:
+    """An agent with 5 actions, or with actions of shape (2, 3), that sees raw observations."""
+    return make_agent(norm_obs=False)
+
+
+@pytest.fixture
+def observe(script: ModuleType) -> Callable[[int], dict[str, Tensor]]:
+    """A function that makes up n rows of raw observations, as agent.features takes them."""
     space = SPACES[script.__name__][0]
     if space.dtype == np.uint8:
-        return lambda n: torch.randint(0, 256, (n, *space.shape), dtype=torch.uint8)
-    scale, offset = torch.tensor([0.1, 1.0, 30.0]), torch.tensor([0.0, -5.0, 100.0])
-    return lambda n: offset + scale * torch.randn(n, *space.shape)
+        return lambda n: {"obs": torch.randint(0, 256, (n, *space.shape), dtype=torch.uint8)}
+    scale, offset = torch.tensor([0.1, 1.0, 3.0]), torch.tensor([0.0, -5.0, 10.0])
+    return lambda n: {"obs": offset + scale * torch.randn(n, *space.shape)}
 
 
 @pytest.fixture

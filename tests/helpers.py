@@ -72,6 +72,13 @@ def column(folder: str | Path, name: str) -> list[float]:
     return [float(row[name]) for row in metrics(folder, times=True)]
 
 
+def copied(x: object) -> object:
+    """Tensors, and dicts of them, as they are now."""
+    if isinstance(x, dict):
+        return {name: copied(value) for name, value in x.items()}
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
 def spy(
     monkeypatch: pytest.MonkeyPatch, script: ModuleType, name: str
 ) -> list[tuple[tuple, dict, object]]:
@@ -79,9 +86,9 @@ def spy(
     real, calls = getattr(script, name), []
 
     def watched(*args: object, **kwargs: object) -> object:
-        args = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+        before = tuple(copied(x) for x in args)
         result = real(*args, **kwargs)
-        calls.append((args, kwargs, result))
+        calls.append((before, copied(kwargs), result))
         return result
 
     monkeypatch.setattr(script, name, watched)
@@ -123,13 +130,13 @@ def child(
 
 
 def arm(call: str) -> None:
-    """Make the process kill itself in its third call of os.fsync or os.replace on a checkpoint."""
+    """Make the process kill itself in its second call of os.fsync or os.replace on a checkpoint."""
     real, calls = getattr(os, call), []
 
     def deadly(*args: int | str | Path) -> None:
         names = [os.readlink(f"/proc/self/fd/{x}") if isinstance(x, int) else str(x) for x in args]
         calls.extend(name for name in names[:1] if "checkpoint.pt" in name)
-        if len(calls) == 3:
+        if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         real(*args)
 

@@ -1,97 +1,66 @@
-"""What each process of torchrun runs for test_distributed.py: `torchrun_driver.py TASK JSON`.
+"""What each process of torchrun runs for test_distributed.py: main(), with JSON in sys.argv[1].
 
-Results are written into the working folder as rank0.pt and rank1.pt.
+That is a list of runs, each a dict of arguments with the script's name. What became of them is
+written into the working folder, as rank0.pt and rank1.pt.
 """
 
-import contextlib
+import functools
 import importlib
 import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
-import envs
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
-from simulated_gpu import simulated_gpu
 from torch import Tensor
 
-ROWS, PROCESSES = 32, 2
-VECTOR = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
-SPACES = {
-    "ppo": (VECTOR, gym.spaces.Discrete(5)),
-    "ppo_continuous": (VECTOR, gym.spaces.Box(-1, 1, (2,), np.float32)),
-    "ppo_atari": (gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(5)),
-}
+RANK = int(os.environ.get("RANK", 0))
+PER_PROCESS = 2  # environments, where two processes share four
 
 
-class Fault(envs.Constant):
-    """Breaks in the second process, after 20 steps."""
+class Numbered(gym.Env):
+    """Seeds do not matter: it shows what its number, among those of all processes, says."""
 
-    steps_of_all_episodes = 0
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    built = 0
 
-    def step(self, action: envs.Action) -> envs.Step:
-        self.steps_of_all_episodes += 1
-        if os.environ.get("RANK") == "1" and self.steps_of_all_episodes > 20:
+    def __init__(self, continuous: bool, render_mode: str | None = None) -> None:
+        box = gym.spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = box if continuous else gym.spaces.Discrete(2)
+        self.number, self.steps = PER_PROCESS * RANK + Numbered.built, 0
+        Numbered.built += 1
+
+    def observe(self) -> np.ndarray:
+        angle = self.steps / (3 + self.number)
+        return np.array([np.sin(angle), self.number + 9 * np.cos(angle)], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        return self.observe(), {}
+
+    def step(self, action: Any) -> tuple:
+        self.steps += 1
+        reward = self.number + float(np.sum(action)) * np.sin(self.steps)
+        over = self.steps % (5 + self.number) == 0
+        return self.observe(), reward, over and self.number % 2 == 0, over, {}
+
+
+class Fault(Numbered):
+    """Breaks in the second process after 20 steps."""
+
+    def step(self, action: Any) -> tuple:
+        if RANK == 1 and self.steps == 20:
             raise ValueError("the wheel came off")
         return super().step(action)
 
 
-envs.register("Fault", Fault)
-gym.registry["Fault-v0"].entry_point = f"{Fault.__module__}:Fault"
-
-
-def example(script: ModuleType) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    """An agent and a minibatch of ROWS rows, the same in every process."""
-    torch.manual_seed(3)
-    observations, actions = SPACES[script.__name__]
-    agent = script.Agent(
-        SimpleNamespace(single_observation_space=observations, single_action_space=actions)
-    )
-    if observations.dtype == np.uint8:
-        obs = torch.randint(0, 256, (ROWS, *observations.shape), dtype=torch.uint8)
-    else:
-        obs = torch.randn(ROWS, *observations.shape)
-    with torch.no_grad():
-        action, logprobs, _, values = agent.get_action_and_value(obs)
-        dist = agent.get_dist(obs)
-        for parameter in agent.parameters():
-            parameter += 0.03 * torch.randn_like(parameter)
-    noise = 0.1 * torch.randn(ROWS)
-    mb = {"obs": obs, "actions": action, "logprobs": logprobs + noise, "values": values}
-    mb |= {"advantages": 5 + 3 * torch.randn(ROWS), "returns": torch.randn(ROWS)}
-    return agent, mb | {"dist": dist}
-
-
-def mathematics(script: ModuleType, share: slice) -> dict[str, Any]:
-    """Gradient, statistics and advantages of this process's share of the rows."""
-    agent, mb = example(script)
-    mb = {name: x[share] for name, x in mb.items()}
-    flags = {"surrogate": "kl-fixed", "kl_coef": 0.5, "clip_vloss": False, "norm_adv": True}
-    args = script.Args(cuda=False, **flags)
-    loss, _ = script.minibatch_loss(agent, args, mb, torch.tensor(0.5))
-    joined = script.join_gradients(agent)
-    loss.backward()
-    script.all_mean(joined)
-    gradients = {name: p.grad.clone() for name, p in agent.named_parameters()}
-    # As in training, but for an eps that keeps small gradients' rounding errors small.
-    torch.optim.Adam(agent.parameters(), lr=1.0, eps=0.1, fused=True).step()
-    statistics = script.RunningMeanStd((3,))
-    generator = torch.Generator().manual_seed(4)
-    for scale in (1.0, 30.0):
-        rows = 7 + scale * torch.randn(ROWS, 3, generator=generator)
-        rows[::2] -= 4 * scale  # the two processes see different means
-        statistics.update(rows[share])
-    return {
-        "gradients": gradients,
-        "parameters": dict(agent.named_parameters()),
-        "advantages": script.normalize_advantages(mb["advantages"]),
-        "statistics": {name: statistics.state_dict()[name] for name in ("mean", "var")},
-    }
+gym.register("Numbered-v0", f"{__name__}:Numbered", kwargs={"continuous": False})
+gym.register("NumberedBox-v0", f"{__name__}:Numbered", kwargs={"continuous": True})
+gym.register("Fault-v0", "torchrun_driver:Fault", kwargs={"continuous": False})
 
 
 def group_threads() -> list[str]:
@@ -100,55 +69,66 @@ def group_threads() -> list[str]:
     return sorted(name for name in names if "gloo" in name)
 
 
-def training(script: ModuleType, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train; keep what this process did and what its agent became."""
-    first, actions, kept = [], [], {}
-    real_make_envs, real_ppo = script.make_envs, script.ppo
+def training(name: str, **flags: Any) -> dict[str, Any]:
+    """Train; return what this process saw and did, and what its agent became.
 
-    def make_envs(*args: Any, **kwargs: Any) -> gym.vector.VectorEnv:
-        made = real_make_envs(*args, **kwargs)
-        real_step, real_reset = made.step, made.reset
+    Numbered environments meet prescribed actions, as if all were in one process.
+    """
+    script = importlib.import_module(name)
+    batches, sizes, made = [], [], {}
+    real_advantages, real_ppo = script.add_advantages, script.ppo
+    real_statistics, real_reduce = script.RunningMeanStd, torch.distributed.all_reduce
+    Numbered.built = steps = 0
 
-        def reset(**options: Any) -> tuple:
-            obs, infos = real_reset(**options)
-            first.append(torch.tensor(obs))
-            return obs, infos
+    def add_advantages(agent: Any, args: Any, batch: dict[str, Tensor]) -> None:
+        batches.append({k: batch[k].clone() for k in ("obs", "actions")})
+        real_advantages(agent, args, batch)
 
-        def step(action: np.ndarray) -> tuple:
-            actions.append(torch.tensor(action))
-            return real_step(action)
+    def statistics(*args: Any) -> torch.nn.Module:
+        made["reward_stats"] = real_statistics(*args)  # the last one is that of rewards
+        return made["reward_stats"]
 
-        made.reset, made.step = reset, step
-        return made
+    def all_reduce(x: Tensor) -> None:
+        sizes.append(x.numel())
+        real_reduce(x)
 
-    def ppo(args: Any, stack: contextlib.ExitStack) -> tuple:
-        agent, run = real_ppo(args, stack)
-        modules = {name: module.state_dict() for name, module in run.modules.items()}
-        kept.update(modules, actions=torch.stack(actions), first=first[0])
-        kept["group_threads"] = {"training": group_threads()}
-        return agent, run
+    def ppo(*args: Any) -> tuple:
+        agent, log = real_ppo(*args)
+        made["agent"] = agent
+        made["threads"] = group_threads()
+        return agent, log
 
-    script.make_envs, script.ppo = make_envs, ppo
-    kept["folder"] = script.train(script.Args(**settings))
-    kept["group_threads"]["trained"] = group_threads()
-    return kept
+    def prescribed(dist: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        numbers = PER_PROCESS * RANK + torch.arange(len(dist))
+        if name == "ppo":
+            return (steps * (1 + numbers) // 3) % 2
+        return (steps * (1 + numbers)).float().sin().unsqueeze(1)
+
+    patches = {"add_advantages": add_advantages, "RunningMeanStd": statistics, "ppo": ppo}
+    if "Numbered" in flags["env_id"]:
+        patches["sample"] = prescribed
+    with (
+        mock.patch.multiple(script, **patches),
+        mock.patch.object(torch.distributed, "all_reduce", all_reduce),
+    ):
+        folder = script.train(script.Args(**flags))
+    states = {k: made[k].state_dict() for k in ("agent", "reward_stats")}
+    states |= {k: torch.stack([batch[k] for batch in batches]) for k in batches[0]}
+    states |= {"parameters": sum(x.numel() for x in made["agent"].parameters())}
+    threads = {"training": made["threads"], "trained": group_threads()}
+    return states | {"sizes": sizes, "threads": threads, "folder": folder}
 
 
 def main() -> None:
-    task, settings = sys.argv[1], json.loads(sys.argv[2])
-    rank = int(os.environ["RANK"])
-    if task == "training":
-        script = importlib.import_module(settings.pop("script"))
-        with simulated_gpu() if settings["cuda"] else contextlib.nullcontext():
-            result = training(script, settings)
-    else:
-        importlib.import_module("torch.distributed.nn")  # as in the scripts, before the group
-        dist.init_process_group("gloo")
-        share = slice(rank, None, PROCESSES)
-        result = {name: mathematics(importlib.import_module(name), share) for name in settings}
-        dist.destroy_process_group()
-    torch.save(result, f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main()
+    init, address = torch.distributed.init_process_group, os.environ["MASTER_ADDR"]
+    store = torch.distributed.TCPStore(address, int(os.environ["MASTER_PORT"]))
+    results = []
+    for number, run in enumerate(json.loads(sys.argv[1])):
+        # torchrun's own store still has what the group of the last run has written
+        own = torch.distributed.PrefixStore(str(number), store)
+        own_init = functools.partial(init, store=own, rank=RANK, world_size=2)
+        with mock.patch.object(torch.distributed, "init_process_group", own_init):
+            results.append(training(run.pop("script"), **run))
+    torch.save(results, f"rank{RANK}.pt")

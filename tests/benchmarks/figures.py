@@ -1,111 +1,192 @@
-"""Draw the figures of the README that belong to no table.
+"""Draw figures of the tables in results/, and the clipped surrogate.
 
-    python tests/benchmarks/figures.py clip            # the clipped surrogate
-    python tests/benchmarks/figures.py first_minute    # what the three scripts learn
+    python tests/benchmarks/figures.py mujoco table1   # of experiments: results/NAME.csv
+    python tests/benchmarks/figures.py first_minute    # what each of the scripts learns
+    python tests/benchmarks/figures.py clip            # from `ppo_loss`, as Figure 1 of the paper
 
-clip: from `ppo_loss` itself, for both signs of the advantage, as Figure 1 of the paper.
-first_minute: learning curves of the finished runs of sweep.py, a panel a script; an experiment that
-has not been run is left out. Results: tests/benchmarks/figures/clip.png and first_minute.png.
+An experiment with up to three settings becomes learning curves, which need its runs in runs/; one
+with more becomes a dot for each seed, for which the table is enough. Results: figures/NAME.png.
 """
 
 import argparse
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import torch
-from sweep import HERE, ROOT, load_run, plot_curve, save
+from sweep import EXPERIMENTS, Job
+from tables import EVAL, HERE, RESULTS, ROOT, TRAIN, Row, grouped, read, score
 
 sys.path.insert(0, str(ROOT))
-from ppo import ppo_loss  # noqa: E402
+import ppo  # noqa: E402
 
-# script -> folder of its runs under tests/benchmarks/runs
-FIRST_RUNS = {
-    "ppo.py": "classic/documented/CartPole-v1",
-    "ppo_continuous.py": "mujoco/defaults/HalfCheetah-v5",
-    "ppo_atari.py": "atari/documented/PongNoFrameskip-v4",
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+WINDOW = 100  # episodes behind a point of a learning curve
+FIRST_RUNS = {  # script -> experiment, environment
+    "ppo.py": ("cartpole", "CartPole-v1"),
+    "ppo_continuous.py": ("mujoco", "HalfCheetah-v5"),
+    "ppo_atari.py": ("atari", "PongNoFrameskip-v4"),
 }
 
 
-def objective(ratio: float, advantage: float, clip_coef: float | None) -> float:
-    """What PPO maximises for one sample, as a function of its probability ratio."""
-    zero, one = torch.zeros(1), torch.ones(1)
-    new_logprob = torch.tensor([ratio]).log()
-    rows = (new_logprob, zero, advantage * one, zero, zero, zero, zero)
-    weights = {"vf_coef": 0.0, "ent_coef": 0.0}
-    loss, _ = ppo_loss(*rows, clip_coef=clip_coef, vf_clip_coef=None, **weights)
-    return -loss.item()
+def folder_of(row: Row) -> Path:
+    flags = row["flags"].replace("--compile", "").replace("--cuda", "").strip()
+    names = ("script", "fingerprint", "env_id", "setting")
+    return Job(*(row[name] for name in names), int(row["seed"]), flags).folder
 
 
-def draw_clip(clip_coef: float) -> None:
-    import matplotlib.pyplot as plt
+def curve(row: Row, grid: np.ndarray) -> np.ndarray:
+    """Mean return of the last 100 episodes at each step of the grid; NaN before the first."""
+    path = folder_of(row) / "episodes.csv"
+    if not path.exists():
+        sys.exit(f"the run of seed {row['seed']} is not here: {path}")
+    steps, returns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2).T
+    total = np.concatenate([[0.0], returns.cumsum()])
+    ends = np.searchsorted(steps, grid, side="right")
+    starts = np.maximum(ends - WINDOW, 0)
+    counts = np.maximum(ends - starts, 1)
+    return np.where(ends > 0, (total[ends] - total[starts]) / counts, np.nan)
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", facecolor="white")
-    ratios = np.linspace(0.3, 1.7, 141)
-    for axis, advantage in zip(axes, (1.0, -1.0), strict=True):
-        clipped, plain = (
-            [objective(ratio, advantage, coef) for ratio in ratios] for coef in (clip_coef, None)
+
+def plot_curve(axis: plt.Axes, rows: list[Row], color: str, label: str) -> None:
+    """Mean over seeds, and a band from the lowest to the highest."""
+    grid = np.linspace(0, max(int(row["global_step"]) for row in rows), 201)[1:]
+    curves = np.array([curve(row, grid) for row in rows])
+    seen = ~np.isnan(curves).any(axis=0)
+    grid, curves = grid[seen] / 1e6, curves[:, seen]
+    axis.plot(grid, curves.mean(axis=0), color=color, label=label, linewidth=1.5)
+    axis.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.2)
+    axis.set_xlabel("environment steps (millions)", fontsize=9)
+    axis.set_ylabel(f"return, last {WINDOW} episodes", fontsize=9)
+    axis.set_xlim(left=0)
+
+
+def panels(rows: int, columns: int, width: float, height: float) -> tuple[plt.Figure, np.ndarray]:
+    size = (width * columns, height * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3, linewidth=0.5)
+    return figure, axes
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100, facecolor="white")
+    plt.close(figure)
+    print(path)
+
+
+def draw_curves(rows: list[Row], path: Path) -> None:
+    """A panel an environment, a line a setting."""
+    envs = grouped(rows, "env_id")
+    columns = min(len(envs), 4)
+    figure, axes = panels(-(-len(envs) // columns), columns, 3.6, 2.8)
+    for axis in axes.flat[len(envs) :]:
+        axis.set_visible(False)
+    for axis, ((env_id,), runs) in zip(axes.flat, envs.items(), strict=False):
+        settings = grouped(runs, "setting")
+        for i, ((setting,), members) in enumerate(settings.items()):
+            plot_curve(axis, members, f"C{i}", f"{setting}, {len(members)} seeds")
+        axis.set_title(env_id, fontsize=10)
+        axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def draw_dots(rows: list[Row], path: Path) -> None:
+    """A row an environment, a panel a score: a dot each seed, a bar at each setting's mean."""
+    envs, settings = grouped(rows, "env_id"), [name for (name,) in grouped(rows, "setting")]
+    figure, axes = panels(len(envs), 2, 4.2, 0.6 + 0.22 * len(settings))
+    for line, ((env_id,), runs) in zip(axes, envs.items(), strict=True):
+        titles = {TRAIN: "training, last 100", EVAL: "evaluation"}
+        for axis, (column, title) in zip(line, titles.items(), strict=True):
+            for (setting,), members in grouped(runs, "setting").items():
+                values, y = [score(row, column) for row in members], settings.index(setting)
+                axis.scatter(values, [y] * len(values), s=14, color="C0", alpha=0.6, linewidth=0)
+                axis.plot([np.mean(values)] * 2, [y - 0.35, y + 0.35], color="C1", linewidth=2)
+            axis.set_yticks(range(len(settings)), settings)
+            axis.set_ylim(len(settings) - 0.5, -0.5)
+            axis.set_title(f"{env_id}, {title}", fontsize=10)
+    figure.suptitle("Returns: a dot a seed, a bar at their mean", fontsize=10)
+    save(figure, path)
+
+
+def draw_first_minute(path: Path) -> None:
+    runs = {}
+    for script, (name, env_id) in FIRST_RUNS.items():
+        rows = [row for row in read(RESULTS / f"{name}.csv") if row["env_id"] == env_id]
+        if rows:
+            runs[script] = rows
+        else:
+            print(f"no results of {env_id} in {name}.csv, left out")
+    if not runs:
+        sys.exit("nothing to draw")
+    figure, axes = panels(1, len(runs), 3.7, 2.8)
+    for axis, (script, rows) in zip(axes.flat, runs.items(), strict=True):
+        plot_curve(axis, rows, "C0", "")
+        axis.set_title(f"{script}\n{rows[0]['env_id']}, {len(rows)} seeds", fontsize=10)
+    save(figure, path)
+
+
+def objective(ratio: float, advantage: float, surrogate: str) -> float:
+    """What PPO maximizes for one sample, as a function of its probability ratio."""
+    probability = torch.tensor([[0.5, 0.5], [0.5 * ratio, 1 - 0.5 * ratio]])
+    old, new = probability.log().split(1)
+    agent = SimpleNamespace(
+        features=lambda rows: rows["obs"],
+        get_dist=lambda features: new,
+        get_value=lambda features: torch.zeros(1),
+    )
+    args = ppo.Args(surrogate=surrogate, norm_adv=False, vf_coef=0.0, ent_coef=0.0)
+    zero = torch.zeros(1)
+    mb = {"obs": zero, "actions": torch.zeros(1, dtype=torch.int64), "dist": old}
+    mb |= {"logprobs": old[:, 0], "advantages": zero + advantage, "values": zero, "returns": zero}
+    return -ppo.ppo_loss(agent, args, mb, torch.tensor(0.0))[0].item()
+
+
+def draw_clip(path: Path) -> None:
+    figure, axes = panels(1, 2, 4, 2.9)
+    ratios, clip_coef = np.linspace(0.3, 1.7, 141), ppo.Args().clip_coef
+    for axis, advantage in zip(axes.flat, (1.0, -1.0), strict=True):
+        plain, clipped = (
+            [objective(ratio, advantage, surrogate) for ratio in ratios]
+            for surrogate in ("none", "clip")
         )
-        sign = ">" if advantage > 0 else "<"
         edge = 1 + advantage * clip_coef
         axis.plot(ratios, plain, "--", color="0.6", linewidth=1.2, label="r A, not clipped")
         axis.plot(ratios, clipped, color="C0", linewidth=2, label="clipped surrogate")
-        axis.plot(1, objective(1.0, advantage, clip_coef), "o", color="C3", label="old policy")
+        axis.plot(1, objective(1.0, advantage, "clip"), "o", color="C3", label="old policy")
         axis.axvline(edge, color="0.4", linewidth=0.8, linestyle=":")
         beyond = (edge, ratios[-1]) if advantage > 0 else (ratios[0], edge)
         axis.axvspan(*beyond, color="C0", alpha=0.08, label="no gradient")
-        axis.set_xticks([0.5, 1, edge, 1.5], ["0.5", "1", f"1 {advantage:+.0f}"[:3] + " ε", "1.5"])
-        axis.set_title(f"advantage A {sign} 0", fontsize=10)
+        axis.set_xticks([0.5, 1, edge, 1.5], ["0.5", "1", f"1 {'-+'[advantage > 0]} ε", "1.5"])
+        axis.set_title(f"advantage A {'<>'[advantage > 0]} 0", fontsize=10)
         axis.set_xlabel("probability ratio r = π_new / π_old", fontsize=9)
         axis.set_ylabel("objective, in units of |A|", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3, linewidth=0.5)
         axis.legend(fontsize=8)
-    save(figure, HERE / "figures" / "clip.png")
-
-
-def draw_first_minute() -> None:
-    """Mean over seeds, band from the lowest to the highest."""
-    import matplotlib.pyplot as plt
-
-    runs = {}
-    for script, folder in FIRST_RUNS.items():
-        finished = (HERE / "runs" / folder).glob("*/summary.json")
-        if members := [load_run(path.parent) for path in sorted(finished)]:
-            runs[script] = members
-        else:
-            print(f"no finished runs in {folder}, left out")
-    if not runs:
-        sys.exit("nothing to draw")
-    figure, axes = plt.subplots(
-        1,
-        len(runs),
-        figsize=(3.7 * len(runs), 3),
-        squeeze=False,
-        layout="constrained",
-        facecolor="white",
-    )
-    for axis, (script, members) in zip(axes.flat, runs.items(), strict=True):
-        plot_curve(axis, members, "C0", 0.2, "")
-        seeds = f"{len(members)} seed{'s' * (len(members) > 1)}"
-        axis.set_title(f"{script}\n{members[0].env_id}, {seeds}", fontsize=10)
-    save(figure, HERE / "figures" / "first_minute.png")
+    save(figure, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("figure", choices=("clip", "first_minute"))
-    parser.add_argument("--clip-coef", type=float, default=0.2)
-    options = parser.parse_args()
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    if options.figure == "clip":
-        draw_clip(options.clip_coef)
-    else:
-        draw_first_minute()
+    parser.add_argument("figures", nargs="+", choices=[*EXPERIMENTS, "first_minute", "clip"])
+    for name in parser.parse_args().figures:
+        path = HERE / "figures" / f"{name}.png"
+        if name == "clip":
+            draw_clip(path)
+        elif name == "first_minute":
+            draw_first_minute(path)
+        elif rows := read(RESULTS / f"{name}.csv"):
+            draw = draw_curves if len(grouped(rows, "setting")) <= 3 else draw_dots
+            draw(rows, path)
+        else:
+            sys.exit(f"there is no {RESULTS / name}.csv")
 
 
 if __name__ == "__main__":

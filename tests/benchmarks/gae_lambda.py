@@ -6,7 +6,7 @@ States 1 to 19; each step goes left or right with equal probability; arriving at
 nothing, and both end the episode. Without discounting V(s) = s/20, and in each state going right
 is better than going left by exactly 0.1. The critic is half right: its values lie halfway between
 the true ones and 0.5. States 1 and 19 are left out, as one of their moves needs no critic.
-Result: tests/benchmarks/gae_lambda.md.
+Result: results/gae_lambda.md.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import sys
 
 import torch
-from sweep import HERE, ROOT, markdown, measured
+from tables import RESULTS, ROOT, markdown, measured
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
@@ -29,7 +29,7 @@ def critic(states: Tensor) -> Tensor:
     return 0.5 + 0.5 * (states / 20 - 0.5)
 
 
-def walk(num_envs: int, num_steps: int) -> tuple[Tensor, ...]:
+def walk(num_envs: int, num_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random walks with restarts: states, moves, next states and endings, each (T, N)."""
     state, rows = torch.randint(1, 20, (num_envs,)), []
     for _ in range(num_steps):
@@ -38,7 +38,8 @@ def walk(num_envs: int, num_steps: int) -> tuple[Tensor, ...]:
         done = (next_state == 0) | (next_state == 20)
         rows.append((state, move, next_state, done))
         state = torch.where(done, torch.randint(1, 20, (num_envs,)), next_state)
-    return tuple(map(torch.stack, zip(*rows, strict=True)))
+    states, moves, next_states, dones = (torch.stack(column) for column in zip(*rows, strict=True))
+    return states, moves, next_states, dones.double()
 
 
 def bias_and_noise(rows: tuple[Tensor, ...], gae_lambda: float) -> tuple[float, float]:
@@ -78,13 +79,13 @@ def main() -> None:
     header = ["lambda", "bias of (right - left), which is 0.1", "std of one estimate"]
     text = (
         f"# Bias and noise of lambda\n\n`python tests/benchmarks/gae_lambda.py`. "
-        f"{measured('torch')}.\n\nMean ± sample standard deviation over {options.seeds} seeds, "
+        f"{measured()}.\n\nMean ± sample standard deviation over {options.seeds} seeds, "
         f"each with {KEPT * options.num_envs:,} rows of a random walk over 19 states. The critic's "
         "values lie halfway between the true ones and 0.5. The two states beside the ends are left "
         "out: one of their moves needs no critic. Right and left are the estimated advantages of "
         "the two moves, gamma is 1.\n\n" + markdown(header, lines)
     )
-    (HERE / "gae_lambda.md").write_text(text)
+    (RESULTS / "gae_lambda.md").write_text(text)
     print(text)
 
 

@@ -1,243 +1,121 @@
 """Kill runs with SIGKILL at random moments, resume them, and check every file that they leave.
 
-    python tests/benchmarks/kills.py --kills 100 --jobs 2
+    python tests/benchmarks/kills.py --kills 100 --processes 2
 
-Each kill has a short run of its own. Four of five come from outside, at a uniformly random time
-between the first checkpoint and the end of the process. The fifth comes from inside the writing of
-a checkpoint: the process, which runs the unchanged script, has open, os.fsync and os.replace
-replaced by versions that kill it after a random share of the bytes, before the flush to disk, or
-between the flush and the renaming. Then `--resume` runs to the end.
-Results: tests/benchmarks/kills.csv, a row a kill, and kills.md. Runs that fail a check stay in
-tests/benchmarks/runs/kills.
+Each kill has a short run of its own. It falls at a random step of the training and up to half a
+second later; every fourth waits from there until a checkpoint is being written, and then strikes
+within a millisecond. `--resume` runs to the end. Results: results/kills.csv, a row a kill, and
+kills.md; of fewer than 100 kills, in runs/trials. Runs that fail a check stay in runs/kills.
 """
 
 import argparse
-import builtins
 import csv
-import importlib
-import io
 import json
-import math
-import multiprocessing
 import os
 import random
 import shutil
-import signal
-import statistics
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sweep import HERE, ROOT, markdown, measured, write_csv
+from tables import RESULTS, ROOT, RUNS, grouped, markdown, measured, write
 
-RUNS = HERE / "runs" / "kills"
-TABLES = ("metrics.csv", "episodes.csv")
+HOME = RUNS / "kills"
 FLAGS = {
-    "ppo.py": "--env-id CartPole-v1 --total-timesteps 25600",
-    "ppo_continuous.py": "--env-id InvertedPendulum-v5 --total-timesteps 25600 --num-envs 8 "
+    "ppo.py": "--env-id CartPole-v1 --total-timesteps 81920",
+    "ppo_continuous.py": "--env-id InvertedPendulum-v5 --total-timesteps 40960 --num-envs 8 "
     "--num-minibatches 4 --update-epochs 4",
-    "ppo_atari.py": "--env-id ALE/Breakout-v5 --total-timesteps 1920 --num-envs 4 --num-steps 32 "
-    "--update-epochs 1",
+    "ppo_atari.py": "--env-id BreakoutNoFrameskip-v4 --total-timesteps 2560 --num-envs 4 "
+    "--num-steps 32 --update-epochs 1",
 }
-COMMON = "--eval-episodes 2 --no-cuda"
+COMMON = "--eval-episodes 2 --no-cuda --torch-threads 1"
 ORDER = ("ppo.py", "ppo_continuous.py", "ppo.py", "ppo_continuous.py", "ppo_atari.py")
-STAGES = ("bytes", "bytes", "flush", "rename")
 CHECKS = {
     "loads": "checkpoint loads",
     "resumed": "resumed to its end",
     "metrics": "`metrics.csv` whole",
     "episodes": "`episodes.csv` whole",
     "kept": "earlier rows kept",
+    "results": "final results",
 }
 
 
-@dataclass(frozen=True)
-class Kill:
-    number: int
-    script: str
-    stage: str  # "any time", or where in the writing of a checkpoint
-    seed: int
-
-    @property
-    def folder(self) -> Path:
-        return RUNS / str(self.number)
+# ---- Killing
 
 
-def plan(kills: int, seed: int) -> list[Kill]:
-    """Two of five kills each for ppo.py and ppo_continuous.py; one of five inside a writing."""
-    chosen = []
-    for i in range(kills):
-        inside = i % 5 == i // 5 % 5  # goes round the scripts
-        stage = STAGES[i // 5 % len(STAGES)] if inside else "any time"
-        chosen.append(Kill(i + 1, ORDER[i % 5], stage, seed))
-    return chosen
+def start(script: str, argv: list[str], log: Path) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log, "a") as file:
+        command = [sys.executable, str(HOME / script), *argv]
+        return subprocess.Popen(command, cwd=HOME, env=env, stdout=file, stderr=file)
 
 
-# ---- In the process that is to die
+def rows_of(path: Path) -> int:
+    """Whole lines below the header."""
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
 
 
-class Torn(io.BufferedWriter):
-    """A file whose writing ends with the process, after a share of the bytes."""
-
-    share = 0.0
-
-    def write(self, content: bytes) -> int:
-        super().write(content[: int(self.share * len(content))])
-        self.flush()
-        die()
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def arm(stage: str, delay: float, share: float) -> None:
-    """Die in the first writing of checkpoint.pt that begins `delay` seconds after the first one."""
-    real_open, real_fsync, real_replace = builtins.open, os.fsync, os.replace
-    first, armed = math.inf, False
-
-    def deadly_open(file: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal armed
-        if not isinstance(file, int) and Path(file).name == "checkpoint.pt.tmp":
-            armed = time.monotonic() >= first + delay
-            if armed and stage == "bytes":
-                torn = Torn(io.FileIO(file, "w"))
-                torn.share = share
-                return torn
-        return real_open(file, *args, **kwargs)
-
-    def deadly_fsync(number: int) -> None:
-        if armed and stage == "flush":
-            die()
-        real_fsync(number)
-
-    def deadly_replace(source: Any, target: Any) -> None:
-        nonlocal first
-        if armed and stage == "rename":
-            die()
-        real_replace(source, target)
-        if Path(target).name == "checkpoint.pt":
-            first = min(first, time.monotonic())
-
-    builtins.open, os.fsync, os.replace = deadly_open, deadly_fsync, deadly_replace
-
-
-# ---- Killing and resuming
-
-# A fork server that has imported torch once starts each process in a moment.
-server = multiprocessing.get_context("forkserver")
-
-
-def child(script: str, argv: list[str], deadly: tuple[str, float, float] | None) -> None:
-    """In the new process: `python script.py argv`, its stderr in a file, armed if it is to die."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(errors_of(argv), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w"), [script, *argv]
-    if deadly:
-        arm(*deadly)
-    importlib.import_module(Path(script).stem).main()
-
-
-def errors_of(argv: list[str]) -> Path:
-    return Path(f"{argv[-1]}.err")  # the run folder stands last
-
-
-def start(
-    script: str, argv: list[str], deadly: tuple[str, float, float] | None = None
-) -> BaseProcess:
-    process = server.Process(target=child, args=(script, argv, deadly), daemon=True)
-    process.start()
-    return process
-
-
-def end(process: BaseProcess, argv: list[str]) -> tuple[int, str]:
-    """Wait for it; its exit code, below 0 where a signal ended it, and what it said on stderr."""
-    process.join()
-    return process.exitcode, errors_of(argv).read_text().strip()
-
-
-def flags(script: str, folder: Path) -> list[str]:
-    return [*FLAGS[script].split(), *COMMON.split(), "--run-dir", str(folder)]
-
-
-def wait_for_checkpoint(process: BaseProcess, folder: Path) -> None:
-    while not (folder / "checkpoint.pt").exists() and process.is_alive():
-        time.sleep(0.002)
-
-
-def duration(script: str) -> float:
-    """Seconds from the first checkpoint of an uncut run to the end of its process."""
-    folder = RUNS / "uncut" / script
-    argv = flags(script, folder)
-    process = start(script, argv)
-    wait_for_checkpoint(process, folder)
-    began = time.monotonic()
-    code, errors = end(process, argv)
-    if code or errors or failed(folder):
-        raise RuntimeError(f"{script}, uncut: exit code {code}, {failed(folder)} {errors}")
-    return time.monotonic() - began
-
-
-def killed(kill: Kill, seconds: float) -> tuple[float, int]:
-    """Start a run and have it killed; the delay, and how many runs had ended before their kill."""
-    chance = random.Random(f"{kill.seed} {kill.number}")
-    argv = flags(kill.script, kill.folder)
-    for late in range(20):
-        shutil.rmtree(kill.folder, ignore_errors=True)
-        delay, share = chance.uniform(0, seconds), chance.random()
-        if kill.stage == "any time":
-            process = start(kill.script, argv)
-            wait_for_checkpoint(process, kill.folder)
+def killed(script: str, stage: str, chance: random.Random, folder: Path) -> None:
+    """Start a run and kill it; again, with another moment, where it has ended before."""
+    flags = f"{FLAGS[script]} {COMMON} --run-dir {folder}".split()
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        share, delay = chance.random(), chance.uniform(0, 0.5)
+        process = start(script, flags, folder.with_suffix(".log"))
+        while process.poll() is None and not (folder / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        total = iterations(folder)
+        while process.poll() is None and rows_of(folder / "metrics.csv") < share * total:
+            time.sleep(0.01)
+        if stage == "any time":
             time.sleep(delay)
-            process.kill()
         else:
-            process = start(kill.script, argv, (kill.stage, delay, share))
-        code, errors = end(process, argv)
-        if errors or code not in (0, -signal.SIGKILL):
-            raise RuntimeError(f"{kill}: exit code {code}: {errors}")
-        if code:
-            return delay, late
-    raise RuntimeError(f"{kill}: 20 runs have ended before they were killed")
+            while process.poll() is None and not (folder / "checkpoint.pt.tmp").exists():
+                time.sleep(0.0005)
+        process.kill()
+        if process.wait() < 0:
+            return
+        if process.returncode:
+            raise RuntimeError(f"{folder.with_suffix('.log')}: exit code {process.returncode}")
 
 
-def outcome(kill: Kill, seconds: float) -> dict[str, Any]:
+def outcome(number: int, seed: int) -> dict[str, str]:
     """One kill: what it left, and whether each check passed after resuming."""
-    delay, late = killed(kill, seconds)
-    folder = kill.folder
-    row = {"kill": kill.number, "script": kill.script, "stage": kill.stage}
-    row |= {"delay_s": round(delay, 3), "ended_before": late}
+    script, stage = ORDER[number % 5], "any time" if number % 4 else "checkpoint"
+    folder = HOME / str(number)
+    killed(script, stage, random.Random(f"{seed} {number}"), folder)
+    row = {"kill": str(number), "script": script, "stage": stage, "checkpoint_step": ""}
+    row |= {"rows_lost": "", "tmp_left": str((folder / "checkpoint.pt.tmp").exists())}
+    faults: dict[str, str] = {}
     try:
-        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     except Exception as error:
-        return row | dict.fromkeys(CHECKS, False) | {"error": repr(error)}
-    found = {name: (folder / name).read_bytes() for name in TABLES}
-    step, clock = (saved["progress"][name] for name in ("global_step", "wall_time"))
-    last = found["metrics.csv"].rpartition(b"\n")[0].splitlines()[-1].split(b",")
-    row |= {"checkpoint_step": step, "seconds_lost": round(float(last[-1]) - clock, 3)}
-    row["tmp_after_kill"] = temporary(folder)
-    argv = ["--resume", str(folder)]
-    code, errors = end(start(kill.script, argv), argv)
-    faults = failed(folder) | moved(folder, found, saved)
-    if code or errors or not (folder / "summary.json").exists():
-        faults["resumed"] = f"exit code {code}: {errors}"
-    row |= {name: name not in faults for name in CHECKS}
-    row |= {"tmp_at_end": temporary(folder), "error": " ".join(faults.values())}
+        return row | dict.fromkeys(CHECKS, "False") | {"error": repr(error)}
+    state, found = checkpoint["state"], {x.name: x.read_bytes() for x in folder.glob("*.csv")}
+    saved = found["metrics.csv"][: state["files"]["metrics.csv"]]
+    row["checkpoint_step"] = str(state["global_step"])
+    row["rows_lost"] = str(found["metrics.csv"].count(b"\n") - saved.count(b"\n"))
+    code = start(script, ["--resume", str(folder)], folder.with_suffix(".log")).wait()
+    if code:
+        faults["resumed"] = f"exit code {code}"
+    faults |= failed(folder) | moved(folder, found, state)
+    row |= {name: str(name not in faults) for name in CHECKS} | {"error": " ".join(faults.values())}
     if not faults:
         shutil.rmtree(folder)
     return row
 
 
-def temporary(folder: Path) -> str:
-    return " ".join(sorted(path.name for path in folder.glob("*.tmp")))
-
-
 # ---- Checks
+
+
+def iterations(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    return config["total_timesteps"] // (config["num_envs"] * config["num_steps"])
 
 
 def table(path: Path) -> list[dict[str, float]]:
@@ -250,118 +128,84 @@ def table(path: Path) -> list[dict[str, float]]:
 
 
 def failed(folder: Path) -> dict[str, str]:
-    """What is wrong with the files of a finished run: "metrics" or "episodes" -> how."""
-    config = json.loads((folder / "config.json").read_text())
-    batch = config["num_envs"] * config["num_steps"]
-    faults = {}
+    """What is wrong with the files of a finished run: a check -> how."""
+    faults: dict[str, str] = {}
     try:
-        metrics = table(folder / "metrics.csv")
-        steps = [row["global_step"] for row in metrics]
-        if steps != [batch * (i + 1) for i in range(config["total_timesteps"] // batch)]:
-            faults["metrics"] = "metrics.csv has not each iteration once and in order"
-    except ValueError as error:
-        return {"metrics": f"metrics.csv: {error}", "episodes": "not compared"}
-    try:
-        episodes = table(folder / "episodes.csv")
-    except ValueError as error:
-        return faults | {"episodes": f"episodes.csv: {error}"}
-    steps = [row["global_step"] for row in episodes]
-    clock = [row["wall_time"] for row in episodes]
-    if steps != sorted(steps) or clock != sorted(clock):
+        metrics, episodes = (table(folder / name) for name in ("metrics.csv", "episodes.csv"))
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError) as error:
+        return dict.fromkeys(("metrics", "episodes", "results"), f"{error}")
+    count = iterations(folder)
+    steps = [row["global_step"] for row in metrics]
+    if steps != [(i + 1) * steps[0] for i in range(count)]:
+        faults["metrics"] = "metrics.csv has not each iteration once and in order"
+    ends = [row["global_step"] for row in episodes]
+    if ends != sorted(ends):
         faults["episodes"] = "episodes.csv is not in order"
-    if any(steps.count(step) > config["num_envs"] for step in set(steps)):
-        faults["episodes"] = "more episodes end in a step than there are environments"
-    # metrics.csv holds the means of the last 100 episodes, so a row twice or missing shows there.
+    # metrics.csv holds means of the last 100 episodes: a row twice or missing shows there
     for row in metrics:
-        end = np.searchsorted(steps, row["global_step"], side="right")
+        end = np.searchsorted(ends, row["global_step"], side="right")
         for name in ("episodic_return", "episodic_length"):
             last = [episode[name] for episode in episodes[max(0, end - 100) : end]]
-            mean = np.mean(last) if last else math.nan
+            mean = np.mean(last) if last else np.nan
             if not np.isclose(mean, row[f"charts/{name}"], rtol=1e-9, atol=0, equal_nan=True):
                 faults["episodes"] = f"episodes.csv: other means at step {row['global_step']:.0f}"
+    if summary["eval_return_mean"] is None or summary["global_step"] != steps[-1]:
+        faults["results"] = f"summary.json: {summary}"
     return faults
 
 
-def moved(folder: Path, found: dict[str, bytes], saved: dict[str, Any]) -> dict[str, str]:
-    """{"kept": how} where a row that the checkpoint counts on is gone, or a later one is not."""
-    step = saved["progress"]["global_step"]
+def moved(folder: Path, found: dict[str, bytes], state: dict[str, Any]) -> dict[str, str]:
+    """{"kept": how} where a row that the checkpoint counts on has changed, or a later one stays."""
+
+    def steps(content: bytes) -> list[int]:
+        lines = [line for line in content.splitlines() if not line.startswith(b"global_step")]
+        return [int(line.split(b",")[0]) for line in lines]
+
     for name, content in found.items():
-        size, now = saved[name], (folder / name).read_bytes()
-        if len(content) < size or now[:size] != content[:size] or content[size - 1 : size] != b"\n":
+        size, now = state["files"].get(name, 0), (folder / name).read_bytes()  # 0: it came later
+        before, after = now[:size], now[size:]
+        if before != content[:size] or not (b"\n" + before).endswith(b"\n"):
             return {"kept": f"{name} has changed before byte {size}"}
-        before, after = now[:size].splitlines()[1:], now[size:].splitlines()
-        if any(first_number(line) > step for line in before):
-            return {"kept": f"{name} has a row of a step after {step} before byte {size}"}
-        if any(first_number(line) <= step for line in after):
-            return {"kept": f"{name} has a row of step {step} or before it after byte {size}"}
+        if any(step > state["global_step"] for step in steps(before)):
+            return {"kept": f"{name} has a row of a later step before byte {size}"}
+        if any(step <= state["global_step"] for step in steps(after)):
+            return {"kept": f"{name} has a row of an earlier step after byte {size}"}
     return {}
-
-
-def first_number(line: bytes) -> int:
-    return int(line.split(b",")[0])
 
 
 # ---- Results
 
 
-def write_results(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    comment = measured("torch", "gymnasium", "numpy", "mujoco", "ale-py") + f"; seed {options.seed}"
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(
-        HERE / "kills.csv", names, [[row.get(name, "") for name in names] for row in rows], comment
-    )
+def report(rows: list[dict[str, str]], seed: int) -> str:
     cells = []
-    for script in FLAGS:
-        for inside in (False, True):
-            group = [
-                row
-                for row in rows
-                if row["script"] == script and (row["stage"] != "any time") == inside
-            ]
-            if group:
-                counts = [sum(row[name] for row in group) for name in CHECKS]
-                when = "while a checkpoint is written" if inside else "any time"
-                cells.append([f"`{script}`", when, len(group), *counts])
-    counts = [sum(row[name] for row in rows) for name in CHECKS]
-    cells.append(["all", "", len(rows), *(f"**{count}**" for count in counts)])
-    whole = sum(all(row[name] for name in CHECKS) for row in rows)
-    stages = [sum(row["stage"] == stage for row in rows) for stage in ("bytes", "flush", "rename")]
-    left = [row for row in rows if row.get("tmp_after_kill")]
-    at_end = sum(bool(row.get("tmp_at_end")) for row in rows)
-    lost = [row["seconds_lost"] for row in rows if "seconds_lost" in row] or [math.nan]
-    late = sum(row["ended_before"] for row in rows)
-    command = f"python tests/benchmarks/kills.py --kills {options.kills}"
+    for (script, stage), group in grouped(rows, "script", "stage").items():
+        counts = [sum(row[name] == "True" for row in group) for name in CHECKS]
+        when = "while a checkpoint is written" if stage == "checkpoint" else stage
+        cells.append([f"`{script}`", when, len(group), *counts])
+    whole = sum(all(row[name] == "True" for name in CHECKS) for row in rows)
+    left = sum(row["tmp_left"] == "True" for row in rows)
+    lost = [int(row["rows_lost"] or 0) for row in rows]
     text = f"""# kills
 
-`{command}`. {comment}.
+`python tests/benchmarks/kills.py --kills {len(rows)} --seed {seed}`. {measured()}.
 
-**{whole} of {len(rows)}** killed runs pass every check. Each is a short run of its own (flags
-below), killed once with SIGKILL and resumed to its end. "Any time": from outside, at a uniformly
-random moment between the first checkpoint and the end of the process. "While a checkpoint is
-written": inside the writing, {stages[0]} after a random share of the bytes, {stages[1]} before the
-flush to disk, {stages[2]} between the flush and the renaming. A run that had ended before its kill
-was repeated with another moment ({late} times). SIGKILL ends a process, not the machine: a loss of
-power is not tested.
+**{whole} of {len(rows)}** runs killed with SIGKILL and resumed pass every check. "Any time": at a
+random step of the training and up to half a second later. "While a checkpoint is written": as soon
+as its temporary file is there; {left} kills left one. SIGKILL ends a process, not the machine: a
+loss of power is not tested. Rows of `metrics.csv` that a kill undid, to be trained again: median
+{np.median(lost):.0f}, at most {max(lost)}.
 
 Checkpoint loads: `checkpoint.pt`, as the kill left it, with `weights_only=True`. Resumed to its
-end: exit code 0, nothing on stderr, `summary.json`. `metrics.csv` whole: each iteration once and in
-order. `episodes.csv` whole: in order, no line torn, and the mean of its last 100 rows is the one in
-`metrics.csv` at every iteration, which a row missing or standing twice would change. Earlier rows
-kept: what was in both files when the checkpoint was written is still there byte for byte, and all
-that follows is of later steps.
+end: exit code 0. `metrics.csv` whole: each iteration once and in order. `episodes.csv` whole: in
+order, no line torn, and the mean of its last 100 rows is the one in `metrics.csv` at every
+iteration, which a row missing or standing twice would change. Earlier rows kept: what was in both
+files when the checkpoint was written is still there byte for byte, and all that follows is of later
+steps. Final results: `summary.json` with the last step and the evaluation.
 
 """
-    text += markdown(["script", "killed", "kills", *CHECKS.values()], cells)
-    text += f"""
-{len(left)} kills left a `checkpoint.pt.tmp`; resuming ignores it, the next checkpoint overwrites
-it, and {at_end or "none"} of the finished runs still had a `*.tmp`. Training that a kill undid:
-median {statistics.median(lost):.2f} s, at most {max(lost):.2f} s (rows after the checkpoint are
-dropped and trained again).
-
-"""
-    text += "".join(f"- `{script} {line} {COMMON}`\n" for script, line in FLAGS.items())
-    (HERE / "kills.md").write_text(text)
-    print(text)
+    text += markdown(["script", "killed", "kills", *CHECKS.values()], sorted(cells)) + "\n"
+    return text + "".join(f"- `{script} {line} {COMMON}`\n" for script, line in FLAGS.items())
 
 
 def main() -> None:
@@ -370,28 +214,22 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1, help="of the moments of the kills")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default 2)")
     options = parser.parse_args()
-    shutil.rmtree(RUNS, ignore_errors=True)
-    (RUNS / "uncut").mkdir(parents=True)
-    kills = plan(options.kills, options.seed)
-    scripts = list(dict.fromkeys(kill.script for kill in kills))
-    for script in scripts:
-        shutil.copy(ROOT / script, RUNS)  # edits made meanwhile do not reach the runs
-    sys.path.insert(0, str(RUNS))
-    os.environ["OMP_NUM_THREADS"] = "1"
-    server.set_forkserver_preload(["torch._dynamo", *(Path(script).stem for script in scripts)])
-    seconds = {}
-    for script in scripts:
-        seconds[script] = duration(script)
-        print(f"{script}: {seconds[script]:.1f} s from the first checkpoint to the end", flush=True)
+    shutil.rmtree(HOME, ignore_errors=True)
+    HOME.mkdir(parents=True)
+    for script in FLAGS:
+        shutil.copy(ROOT / script, HOME)  # edits made meanwhile do not reach the runs
     rows = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(lambda kill: outcome(kill, seconds[kill.script]), kills):
+    with ThreadPoolExecutor(options.processes) as pool:
+        for row in pool.map(outcome, range(options.kills), [options.seed] * options.kills):
             rows.append(row)
-            print(*row.values(), flush=True)
-    write_results(rows, options)
-    sys.exit(not all(row[name] for row in rows for name in CHECKS))
+            print(", ".join(row.values()), flush=True)
+    path = (RESULTS if options.kills >= 100 else RUNS / "trials") / "kills.csv"
+    write(path, rows)
+    path.with_suffix(".md").write_text(report(rows, options.seed))
+    print(report(rows, options.seed))
+    sys.exit(any(row[name] != "True" for row in rows for name in CHECKS))
 
 
 if __name__ == "__main__":

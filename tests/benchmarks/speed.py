@@ -1,180 +1,111 @@
-"""Environment steps a second (SPS) of our scripts against stable-baselines3, interleaved.
+"""Environment steps a second (SPS) of our scripts against another implementation, in turn.
 
     pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/speed.py cartpole cartpole-compile --pairs 5
+    python tests/benchmarks/speed.py cartpole halfcheetah-sb3            # stable-baselines3
+    python tests/benchmarks/speed.py cartpole --against OTHER/FOLDER     # a copy of our scripts
 
-Ours, theirs, ours, theirs, ...: each in a process of its own, with as many torch threads; the
-ratio of each pair and the median ratio count, as the speed of a machine drifts. Both sides run the
-same number of steps; the first fifth of the iterations, where libraries warm up and compile, is
-left out on both. Our records are on, stable-baselines3's are its Monitor and its logger.
-Results: tests/benchmarks/speed.csv, a row a pair, and speed.md. A new measurement of a setting
-replaces its old one.
+Ours, theirs, theirs, ours, ...: each in a process of its own, with as many torch threads and
+steps. The ratio of each pair and the median of the ratios count, as the speed of a machine drifts.
+The first fifth of the iterations, where libraries warm up and compile, is left out on both sides.
+Our records are on, stable-baselines3's are its Monitor and its logger. Results: results/speed.csv,
+a row a pair, and speed.md; with --against or --steps, runs/trials/speed.csv and .md instead.
 """
 
 import argparse
-import csv
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sweep import HERE, ROOT, markdown, measured
+from tables import RESULTS, ROOT, RUNS, Row, grouped, markdown, measured, read, write
+
+SB3 = "stable-baselines3"
 
 
 @dataclass(frozen=True)
 class Setting:
     what: str
-    command: str  # ours, without --total-timesteps
+    script: str
+    flags: str
     steps: int
-    env_id: str  # from here on, stable-baselines3's side
-    num_envs: int
-    ppo: dict[str, Any]
-    target: float | None = None  # of the median ratio
-    threads: int = 1  # torch's, on both sides; 0: one a core
+    env_id: str
+    num_envs: int = 1  # of stable-baselines3, and from here on
+    ppo: dict[str, Any] = field(default_factory=dict)  # beside its defaults
     policy: str = "MlpPolicy"
 
 
-CARTPOLE = Setting(
-    what="CartPole-v1, 4 envs x 128 steps, 4 epochs x 4 minibatches (CleanRL's settings)",
-    command="ppo.py --env-id CartPole-v1 --num-envs 4 --num-steps 128 --update-epochs 4 "
-    "--num-minibatches 4 --learning-rate 2.5e-4 --gamma 0.99 --gae-lambda 0.95 --clip-vloss "
-    "--ent-coef 0.01",
-    steps=200_000,
-    env_id="CartPole-v1",
-    num_envs=4,
-    ppo={
-        "n_steps": 128,
-        "batch_size": 128,
-        "n_epochs": 4,
-        "learning_rate": 2.5e-4,
-        "clip_range_vf": 0.2,
-        "ent_coef": 0.01,
-    },
-    target=1.7,
-)
-HALFCHEETAH = Setting(
-    what="HalfCheetah-v5, 1 env x 2048 steps, 10 epochs x 32 minibatches "
-    "(stable-baselines3's defaults, without normalisation on both sides)",
-    command="ppo_continuous.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 "
-    "--update-epochs 10 --num-minibatches 32 --no-recompute-advantages --no-norm-obs "
-    "--no-norm-reward --no-anneal-lr --gamma 0.99",
-    steps=81_920,
-    env_id="HalfCheetah-v5",
-    num_envs=1,
-    ppo={},  # its defaults
-    target=1.5,
-)
-ATARI = Setting(
-    what="Breakout, 8 envs x 128 steps, 4 epochs x 4 minibatches",
-    command="ppo_atari.py --env-id ALE/Breakout-v5 --num-envs 8 --num-steps 128 "
-    "--update-epochs 4 --num-minibatches 4",
-    steps=20_480,
-    target=1.7,
-    env_id="BreakoutNoFrameskip-v4",
-    num_envs=8,
-    ppo={
-        "n_steps": 128,
-        "batch_size": 256,
-        "n_epochs": 4,
-        "learning_rate": 2.5e-4,
-        "clip_range": 0.1,
-        "clip_range_vf": 0.1,
-        "ent_coef": 0.01,
-    },
-    threads=0,
-    policy="CnnPolicy",
-)
-
-
-def variant(setting: Setting, **changes: Any) -> Setting:  # noqa: ANN401
-    return Setting(**{**vars(setting), **changes})
-
-
+CLEANRL = {"n_steps": 128, "n_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01}
 SETTINGS = {
-    "cartpole": CARTPOLE,
-    "cartpole-compile": variant(
-        CARTPOLE,
-        what=CARTPOLE.what + ", ours with --compile",
-        command=CARTPOLE.command + " --compile",
-        target=2.2,
+    "cartpole": Setting(
+        "CartPole-v1, 4 envs x 128 steps, 4 epochs x 4 minibatches (CleanRL's settings)",
+        "ppo.py",
+        "--num-envs 4 --num-steps 128 --update-epochs 4 --num-minibatches 4 --learning-rate 2.5e-4 "
+        "--gamma 0.99 --gae-lambda 0.95 --clip-vloss --ent-coef 0.01",
+        200_000,
+        "CartPole-v1",
+        4,
+        CLEANRL | {"batch_size": 128, "clip_range_vf": 0.2},
     ),
-    "halfcheetah-sb3": HALFCHEETAH,
-    "halfcheetah-sb3-compile": variant(
-        HALFCHEETAH,
-        what=HALFCHEETAH.what + ", ours with --compile",
-        command=HALFCHEETAH.command + " --compile",
+    "halfcheetah-sb3": Setting(
+        "HalfCheetah-v5, 1 env x 2048 steps, 10 epochs x 32 minibatches (stable-baselines3's "
+        "defaults, without normalization on both sides)",
+        "ppo_continuous.py",
+        "--num-envs 1 --num-steps 2048 --update-epochs 10 --num-minibatches 32 --gamma 0.99 "
+        "--no-recompute-advantages --no-norm-obs --no-norm-reward --no-anneal-lr",
+        81_920,
+        "HalfCheetah-v5",
     ),
-    "halfcheetah-defaults": variant(
-        HALFCHEETAH,
-        what="HalfCheetah-v5, each with its own defaults",
-        command="ppo_continuous.py --env-id HalfCheetah-v5",
-        target=2.2,
+    "halfcheetah-defaults": Setting(
+        "HalfCheetah-v5, each with its own defaults: ours steps 64 environments at once, "
+        "stable-baselines3 one",
+        "ppo_continuous.py",
+        "",
+        81_920,
+        "HalfCheetah-v5",
     ),
-    "halfcheetah-compile": variant(
-        HALFCHEETAH,
-        what="HalfCheetah-v5, each with its own defaults, ours with --compile",
-        command="ppo_continuous.py --env-id HalfCheetah-v5 --compile",
-        target=2.2,
-    ),
-    "atari": ATARI,
-    "atari-bf16": variant(
-        ATARI,
-        what=ATARI.what + ", ours with --bf16",
-        command=ATARI.command + " --bf16",
-        target=2.5,
-    ),
-    "atari-bf16-compile": variant(
-        ATARI,
-        what=ATARI.what + ", ours with --bf16 --compile",
-        command=ATARI.command + " --bf16 --compile",
-        target=2.5,
+    "atari": Setting(
+        "Breakout, 8 envs x 128 steps, 4 epochs x 4 minibatches",
+        "ppo_atari.py",
+        "--num-envs 8 --num-steps 128 --update-epochs 4 --num-minibatches 4",
+        20_480,
+        "BreakoutNoFrameskip-v4",
+        8,
+        CLEANRL | {"batch_size": 256, "clip_range": 0.1, "clip_range_vf": 0.1},
+        "CnnPolicy",
     ),
 }
 
 
 def rate(steps: list[float], clock: list[float]) -> float:
-    """SPS after the first fifth of the iterations; one entry at the end of each iteration."""
+    """SPS after the first fifth of the iterations; an entry is the end of an iteration."""
     first = max(1, len(steps) // 5)
     return (steps[-1] - steps[first]) / (clock[-1] - clock[first])
-
-
-def ours(setting: Setting, threads: int, device: str) -> tuple[float, float]:
-    """SPS, and the seconds from process start to the end of the first iteration."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--total-timesteps", str(setting.steps), "--torch-threads", str(threads)]
-        flags += ["--eval-episodes", "0", "--run-dir", f"{folder}/run"]
-        flags += ["--cuda" if device == "cuda" else "--no-cuda"]
-        start = time.time()
-        run([*setting.command.split(), *flags], threads)
-        total = time.time() - start
-        with open(Path(folder, "run", "metrics.csv")) as file:
-            rows = list(csv.DictReader(file))
-    steps, clock = ([float(row[name]) for row in rows] for name in ("global_step", "wall_time"))
-    return rate(steps, clock), total - (clock[-1] - clock[0])
-
-
-def theirs(name: str, steps: int, threads: int, device: str) -> float:
-    command = [__file__, name, "--child", "--steps", str(steps), "--device", device]
-    return float(run(command, threads).splitlines()[-1])
 
 
 def run(command: list[str], threads: int) -> str:
     """Run a Python program; returns what it printed."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {result.stderr[-2000:]}")
-    return result.stdout
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+    return done.stdout
 
 
-def child(setting: Setting, steps: int, device: str) -> None:
+def ours(script: Path, flags: list[str], threads: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["--eval-episodes", "0", "--run-dir", f"{folder}/run"]
+        run([str(script), *flags, *own], threads)
+        rows = read(Path(folder, "run", "metrics.csv"))
+    return rate(*([float(row[name]) for row in rows] for name in ("global_step", "wall_time")))
+
+
+def child(setting: Setting, steps: int) -> None:
     """Train with stable-baselines3 and print its SPS."""
     import torch
     from stable_baselines3 import PPO
@@ -190,10 +121,10 @@ def child(setting: Setting, steps: int, device: str) -> None:
             return True
 
         def _on_rollout_start(self) -> None:  # the end of the previous iteration
-            rows.append((self.num_timesteps, time.time()))
+            rows.append((self.num_timesteps, time.monotonic()))
 
         def _on_training_end(self) -> None:
-            rows.append((self.num_timesteps, time.time()))
+            rows.append((self.num_timesteps, time.monotonic()))
 
     if setting.policy == "CnnPolicy":
         import ale_py
@@ -203,89 +134,94 @@ def child(setting: Setting, steps: int, device: str) -> None:
         envs = VecFrameStack(make_atari_env(setting.env_id, setting.num_envs, seed=1), 4)
     else:
         envs = make_vec_env(setting.env_id, setting.num_envs, seed=1)
-    agent = PPO(setting.policy, envs, seed=1, device=device, **setting.ppo)
+    agent = PPO(setting.policy, envs, seed=1, device="cpu", **setting.ppo)
     agent.learn(steps, callback=Clock())
     print(rate(*zip(*rows[1:], strict=True)))
 
 
-def merge(results: list[list[str]]) -> list[list[str]]:
-    """Write speed.csv: the new rows, and the old ones of settings not measured now."""
-    path = HERE / "speed.csv"
-    header = "setting pair ours_SPS sb3_SPS ratio ours_first_iteration_s device provenance".split()
-    new = {row[0] for row in results}
-    old: list[list[str]] = []
-    if path.exists():
-        with open(path) as file:
-            old = [row for row in list(csv.reader(file))[1:] if row[0] not in new]
-    rows = sorted(old + results, key=lambda row: (list(SETTINGS).index(row[0]), int(row[1])))
-    with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+def measure(name: str, options: argparse.Namespace, copies: Path) -> list[Row]:
+    """The pairs of a setting."""
+    setting, threads = SETTINGS[name], options.threads
+    steps = options.steps or setting.steps
+    more = ["--compile"] * options.compile + options.flags.split()
+    flags = ["--env-id", setting.env_id, *setting.flags.split(), "--total-timesteps", str(steps)]
+    flags += ["--torch-threads", str(threads), "--no-cuda", *more]
+    rows = []
+    for pair in range(1, options.pairs + 1):
+        sps: dict[str, float] = {}
+        for side in ("ours", "other") if pair % 2 else ("other", "ours"):  # undoes a drift
+            if side == "other" and options.against == SB3:
+                output = run([__file__, name, "--child", "--steps", str(steps)], threads)
+                sps[side] = float(output.splitlines()[-1])
+            else:
+                extra = options.other_flags.split() if side == "other" else []
+                sps[side] = ours(copies / side / setting.script, flags + extra, threads)
+        row = {"setting": name, "flags": " ".join(more), "against": options.against}
+        row |= {"pair": str(pair), "ours": f"{sps['ours']:.0f}", "other": f"{sps['other']:.0f}"}
+        row["ratio"] = f"{sps['ours'] / sps['other']:.3f}"
+        row["measured"] = f"CPU, torch threads: {threads}. {measured()}"
+        print(*row.values(), sep=", ", flush=True)
+        rows.append(row)
     return rows
 
 
-def report(rows: list[list[str]]) -> str:
-    table, notes = [], []
-    for name, setting in SETTINGS.items():
-        mine = [row for row in rows if row[0] == name]
-        if not mine:
-            continue
-        ours_, theirs_, ratios, first = (
-            [float(row[column]) for row in mine] for column in (2, 3, 4, 5)
+def report(rows: list[Row]) -> str:
+    table = []
+    for (name, flags, against), pairs in grouped(rows, "setting", "flags", "against").items():
+        ours, other, ratios = (
+            [float(row[column]) for row in pairs] for column in ("ours", "other", "ratio")
         )
-        table.append(
-            [
-                name,
-                f"{statistics.median(ours_):,.0f}",
-                f"{statistics.median(theirs_):,.0f}",
-                " ".join(f"{ratio:.2f}" for ratio in ratios),
-                f"**{statistics.median(ratios):.2f}**",
-                "-" if setting.target is None else f"{setting.target}",
-                f"{statistics.median(first):.1f}",
-            ]
-        )
-        notes.append(
-            f"- {name}: {setting.what}. `{setting.command}`, on {mine[0][6]}. {mine[0][7]}."
-        )
-    header = ["setting", "ours, SPS", "stable-baselines3, SPS", "ratio of each pair"]
-    header += ["median ratio", "target", "ours: start-up, compiling, first iteration, s"]
-    return (
-        "# Speed\n\n`python tests/benchmarks/speed.py "
-        + " ".join(row[0] for row in table)
-        + "`\n\n"
-        "Environment steps a second (median over pairs), ours and stable-baselines3's in turn, "
-        "each in a process of its own. The first fifth of the iterations is left out on both "
-        "sides.\n\n" + markdown(header, table) + "\n" + "\n".join(notes) + "\n"
-    )
+        cells = [name, f"`{flags}`" if flags else "", against]
+        cells += [f"{statistics.median(x):,.0f}" for x in (ours, other)]
+        each = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        table.append([*cells, each, f"**{statistics.median(ratios):.2f}**", pairs[0]["measured"]])
+    header = ["setting", "our flags", "against", "ours, SPS", "theirs, SPS", "ratio of each pair"]
+    text = (
+        "# Speed\n\nEnvironment steps a second (median over pairs), in turn, each in a process of "
+        "its own. The first fifth of the iterations is left out on both sides.\n\n"
+    ) + markdown([*header, "median ratio", "measured"], table)
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        setting = SETTINGS[name]
+        command = f"{setting.script} --env-id {setting.env_id} {setting.flags}".strip()
+        text += f"\n- {name}: {setting.what}. Ours: `{command}`"
+    return text + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("settings", nargs="+", choices=SETTINGS)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="instead of each setting's own number")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("settings", nargs="+", choices=SETTINGS)
+    add("--pairs", type=int, default=5)
+    add("--steps", type=int, help="instead of each setting's own number")
+    add("--threads", type=int, default=1, help="of torch, on both sides (default 1)")
+    add("--against", default=SB3, help=f"{SB3} (default), or a folder with other copies of ours")
+    add("--compile", action="store_true", help="ours with --compile (--against too)")
+    add("--flags", default="", help='of ours (of --against too), as in --flags="--bf16"')
+    add("--other-flags", default="", help="of the copy of --against only")
+    add("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    results = []
-    for name in options.settings:
-        setting = SETTINGS[name]
-        setting = variant(setting, steps=options.steps or setting.steps)
-        if options.child:
-            return child(setting, setting.steps, options.device)
-        threads = setting.threads or os.cpu_count() or 1
-        packages = ("torch", "gymnasium", "numpy", "stable-baselines3")
-        where = f"{options.device}, torch threads: {threads}"
-        for pair in range(1, options.pairs + 1):
-            mine, first = ours(setting, threads, options.device)
-            other = theirs(name, setting.steps, threads, options.device)
-            row = [f"{mine:.0f}", f"{other:.0f}", f"{mine / other:.3f}", f"{first:.1f}"]
-            results.append([name, str(pair), *row, where, measured(*packages)])
-            print(f"{name} pair {pair}: {row[0]} / {row[1]} SPS = {row[2]}", flush=True)
-    text = report(merge(results))
-    (HERE / "speed.md").write_text(text)
-    print(text)
+    if options.child:
+        return child(SETTINGS[options.settings[0]], options.steps)
+    trial = options.against != SB3 or options.steps
+    path = (RUNS / "trials" if trial else RESULTS) / "speed.csv"
+    with tempfile.TemporaryDirectory() as folder:
+        for side, source in ("ours", ROOT), ("other", Path(options.against)):
+            copies = Path(folder, side)
+            copies.mkdir()
+            for name in {SETTINGS[name].script for name in options.settings}:
+                if side == "ours" or options.against != SB3:
+                    shutil.copy(source / name, copies)  # edits made meanwhile do not reach it
+        for name in options.settings:
+            rows = measure(name, options, Path(folder))
+            keys = ("setting", "flags", "against")
+            new = {tuple(row[key] for key in keys) for row in rows}
+            rows += [row for row in read(path) if tuple(row[key] for key in keys) not in new]
+            rows.sort(key=lambda row: (*(row[key] for key in keys), int(row["pair"])))
+            write(path, rows)
+            path.with_suffix(".md").write_text(report(rows))
+    print(path.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":
