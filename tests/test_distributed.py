@@ -30,7 +30,7 @@ FRAMES = TINY | FRAMES | {"script": "ppo_atari", "run_dir": "frames"}
 # Environments and actions that do not depend on the process they are in; one minibatch, as the
 # order in a batch does
 SAME = TINY | NORM | {"num_minibatches": 1, "total_timesteps": 256, "learning_rate": 1e-3}
-SAME |= {"recompute_advantages": True, "ent_coef": 0.01}
+SAME |= {"recompute_advantages": True, "surrogate": "kl-adaptive", "kl_target": 1.8e-4}
 SAME = {
     name: SAME | {"script": name, "env_id": f"torchrun_driver:{env}-v0", "run_dir": f"same-{name}"}
     for name, env in (("ppo", "Numbered"), ("ppo_continuous", "NumberedBox"))
@@ -85,6 +85,7 @@ def test_two_processes_do_what_one_does_with_all_rows(
     first, second = both[name]
     for key in ("obs", "actions"):  # the same rows, (iterations and epochs, T, N)
         assert torch.equal(torch.cat([first[key], second[key]], dim=2), alone[key])
+    assert first["betas"] == second["betas"] == alone["betas"]
     for module in ("agent", "reward_stats"):
         for key in alone[module].keys() - {"obs_stats.count", "count"}:  # of a process's rows
             torch.testing.assert_close(first[module][key], alone[module][key], rtol=1e-3, atol=1e-4)

@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 from helpers import ROOT, SCRIPTS, column, flags, metrics, read_csv, start, tiny, wait_for
@@ -247,29 +245,6 @@ def test_evaluate_repeats_the_summary(
     assert lines[0] == lines[1] == " ".join(f"{name}={figures[name]}" for name in FIGURES)
     assert lines[2].split()[0] != lines[0].split()[0] and lines[2].endswith("eval_episodes=5")
     assert {path: path.read_bytes() for path in run.iterdir()} == before
-
-
-def test_an_evaluation_averages_the_first_episode_of_each_environment(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    steps, make_envs = [], ppo.make_envs
-
-    def watched(*arguments: object) -> gym.vector.VectorEnv:
-        envs = make_envs(*arguments)
-        step = envs.step
-        envs.step = lambda actions: steps.append(step(actions)) or steps[-1]
-        return envs
-
-    args = tiny(ppo, env_id="envs:Counter-v0", eval_episodes=8)
-    agent = ppo.Agent(make_envs(args, 1), args)
-    monkeypatch.setattr(ppo, "make_envs", watched)
-    results = ppo.evaluate(agent, args)
-    rewards = np.stack([step[1] for step in steps])
-    ends = np.stack([step[2] | step[3] for step in steps]).argmax(axis=0)
-    returns = [rewards[: end + 1, i].sum() for i, end in enumerate(ends)]
-    assert len(set(ends.tolist())) > 3
-    expected = {"eval_return_mean": np.mean(returns), "eval_return_std": np.std(returns)}
-    assert results == pytest.approx(expected | {"eval_episodes": 8})
 
 
 def test_a_second_checkpoint_can_be_evaluated_and_resumed(

@@ -75,14 +75,18 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
     Numbered environments meet prescribed actions, as if all were in one process.
     """
     script = importlib.import_module(name)
-    batches, sizes, made = [], [], {}
-    real_advantages, real_ppo = script.add_advantages, script.ppo
+    batches, betas, sizes, made = [], [], [], {}
+    real_advantages, real_loss, real_ppo = script.add_advantages, script.ppo_loss, script.ppo
     real_statistics, real_reduce = script.RunningMeanStd, torch.distributed.all_reduce
     Numbered.built = steps = 0
 
     def add_advantages(agent: Any, args: Any, batch: dict[str, Tensor]) -> None:
         batches.append({k: batch[k].clone() for k in ("obs", "actions")})
         real_advantages(agent, args, batch)
+
+    def ppo_loss(agent: Any, args: Any, mb: dict[str, Tensor], kl_coef: Tensor) -> tuple:
+        betas.append(float(kl_coef))
+        return real_loss(agent, args, mb, kl_coef)
 
     def statistics(*args: Any) -> torch.nn.Module:
         made["reward_stats"] = real_statistics(*args)  # the last one is that of rewards
@@ -106,7 +110,8 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
             return (steps * (1 + numbers) // 3) % 2
         return (steps * (1 + numbers)).float().sin().unsqueeze(1)
 
-    patches = {"add_advantages": add_advantages, "RunningMeanStd": statistics, "ppo": ppo}
+    patches = {"add_advantages": add_advantages, "ppo_loss": ppo_loss, "ppo": ppo}
+    patches |= {"RunningMeanStd": statistics}
     if "Numbered" in flags["env_id"]:
         patches["sample"] = prescribed
     with (
@@ -118,7 +123,7 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
     states |= {k: torch.stack([batch[k] for batch in batches]) for k in batches[0]}
     states |= {"parameters": sum(x.numel() for x in made["agent"].parameters())}
     threads = {"training": made["threads"], "trained": group_threads()}
-    return states | {"sizes": sizes, "threads": threads, "folder": folder}
+    return states | {"betas": betas, "sizes": sizes, "threads": threads, "folder": folder}
 
 
 def main() -> None:

@@ -158,8 +158,9 @@ class Job:
 def merged(*texts: str) -> str:
     """Flags in one line, sorted; of a flag given twice, or with its --no- form, the last counts."""
     flags: dict[str, str] = {}
-    for part in " ".join(texts).replace("@", "--@").split("--")[1:]:
+    for part in " ".join(texts).replace("=", " ").replace("@", "--@").split("--")[1:]:
         name, _, value = part.strip().partition(" ")
+        name = name.replace("_", "-")
         flags[name.removeprefix("no-")] = f"--{name} {value}".strip()
     return " ".join(flags[name] for name in sorted(flags)).replace("--@", "@")
 
@@ -282,10 +283,7 @@ def write_tables(jobs: list[Job], options: argparse.Namespace) -> Path | None:
     experiment, trial = EXPERIMENTS[options.name], options.set or options.timesteps
     trial = bool(trial or options.script_dir != ROOT)
     path = (RUNS / "trials" if trial else RESULTS) / f"{options.name}.csv"
-    rows = {(row["env_id"], row["setting"], row["seed"]): row for row in read(path)}
-    for job in jobs:
-        if job.finished():
-            rows[job.env_id, job.setting, str(job.seed)] = job.row(options.name)
+    rows = [*read(path), *(job.row(options.name) for job in jobs if job.finished())]
     if not rows:
         return None
 
@@ -295,13 +293,18 @@ def write_tables(jobs: list[Job], options: argparse.Namespace) -> Path | None:
         position = (envs.index(row["env_id"]), settings.index(settings[-1]))
         return (*position, row["env_id"], row["setting"], int(row["seed"]))
 
-    write(path, sorted(rows.values(), key=place))
-    published = read(RESULTS / path.name) if trial else []  # trials stand beside it
-    table = sorted([*rows.values(), *published], key=place)
+    def table(rows: list[Row]) -> list[Row]:
+        """Sorted; of rows of the same run, the last."""
+        latest = {(row["env_id"], row["setting"], row["seed"]): row for row in rows}
+        return sorted(latest.values(), key=place)
+
+    write(path, table(rows))
+    if trial:  # beside what is published
+        rows = [*read(RESULTS / path.name), *rows]
     baseline = next(iter(experiment.settings))
     baseline += f"@{options.timesteps}" if options.timesteps else ""
     title = f"{options.name} (trials)" if trial else options.name
-    text = report(title, experiment.script, EVAL_EPISODES, table, baseline)
+    text = report(title, experiment.script, EVAL_EPISODES, table(rows), baseline)
     path.with_suffix(".md").write_text(text)
     return path.with_suffix(".md")
 
@@ -330,6 +333,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := {*(options.settings or ())} - {*EXPERIMENTS[options.name].settings}:
         parser.error(f"--settings: {options.name} has no {', '.join(sorted(unknown))}")
+    if any(":" not in text for text in options.set):
+        parser.error('--set: it is "label:--flag value"')
     options.script_dir = options.script_dir.resolve()
     options.seeds = [seed for seeds in options.seeds for seed in seeds]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -89,10 +89,12 @@ def summary(rows: list[Row]) -> str:
     table = []
     for key, members in grouped(rows, "env_id", "setting", "fingerprint").items():
         train, scores = (np.array([score(row, name) for row in members]) for name in (TRAIN, EVAL))
-        mean = f"{number(scores.mean())} ± {number(scores.std())}"
+        mean = number(scores.mean())
+        mean += f" ± {number(scores.std(ddof=1))}" if len(scores) > 1 else ""
         line = [*key[:2], len(members), number(train.mean()), interval([scores])[0], mean]
-        line += [number(scores.min()), " ".join(map(number, scores)), f"`{members[0]['flags']}`"]
-        table.append([*line, key[2]])
+        flags = f"`{members[0]['flags']}`" if members[0]["flags"] else "defaults"
+        line += [number(scores.min()), " ".join(map(number, scores)), flags, key[2]]
+        table.append(line)
     header = ["environment", "setting", "n", "training", "evaluation, IQM [95%]", "mean ± std"]
     return markdown([*header, "worst", "each seed", "flags", "fingerprint"], table)
 
