@@ -382,12 +382,17 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> tuple[Agent, "L
     # All that --resume needs: what has a state_dict, and plain numbers
     modules = {"agent": agent, "optimizer": optimizer, "reward_stats": reward_stats}
     state = {"global_step": 0, "kl_scale": 1.0, "wall_time": 0.0, "episodes": []}
-    state |= {"files": {}, "columns": {}}
+    state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "columns": {}}
     if args.resume:
         state |= restore(args.resume, modules)["state"]
     # A resumed run is not the uncut one: episodes begin anew, with other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
+    for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
+        if env.has_wrapper_attr("_elapsed_steps"):  # cut first episodes at different time limits:
+            # in step, environments would fill each batch with one stage of their episodes
+            limit = env.get_wrapper_attr("_max_episode_steps")
+            env.set_wrapper_attr("_elapsed_steps", i * limit // N)
     past_sum = torch.zeros(N, device=device)  # of the rewards of the episodes under way
     log = Log(args, folder, state) if rank == 0 else None
     if args.norm_obs and agent.obs_stats.count == 0:
@@ -585,8 +590,9 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(to_json(asdict(args)))
         (folder / "script.py").write_bytes(Path(__file__).read_bytes())
-        for path in folder.glob("*.csv"):  # rows after the checkpoint will be trained again
-            os.truncate(path, min(state["files"].get(path.name, 0), path.stat().st_size))
+        for path in [folder / name for name in state["files"] if (folder / name).exists()]:
+            # Rows after the checkpoint will be trained again
+            os.truncate(path, min(state["files"][path.name], path.stat().st_size))
         if args.track:
             import wandb
 
@@ -619,7 +625,11 @@ class Log:
         if now >= self.next_save:
             kl = metrics["losses/approx_kl"]
             print(f"step {step}, {sps} SPS, return {mean_return:.1f}, KL {kl:.4f}", flush=True)
-            self.save(modules)
+            try:
+                self.save(modules)
+            except OSError as error:  # the last save raises it
+                path = self.folder / "checkpoint.pt"
+                print(f"{path} not saved, the next time it may: {error}", file=sys.stderr)
             self.next_save = now + max(2, 100 * (time.monotonic() - now))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
@@ -636,17 +646,14 @@ class Log:
     def save(self, modules: dict[str, Any], name: str = "checkpoint.pt") -> None:
         """Write a checkpoint whole or not at all."""
         path, temporary = self.folder / name, self.folder / f"{name}.tmp"
-        files = self.folder.glob("*.csv")
-        self.state["files"] = {file.name: file.stat().st_size for file in files}
+        for file in self.state["columns"]:
+            self.state["files"][file] = (self.folder / file).stat().st_size
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
         checkpoint |= json.loads(to_json({"state": self.state, "args": asdict(self.args)}))
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            print(f"{path} not saved, the next save tries again: {error}", file=sys.stderr)
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
     def summarize(self, evaluation: dict[str, Any]) -> None:
         """Write and print summary.json, after training and again after the evaluation."""
@@ -676,7 +683,7 @@ def restore(path: str, modules: dict[str, Any]) -> dict[str, Any]:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}".partition(" This file can still")[0]
         raise BadInput(f"--resume/--evaluate {path}: no fitting checkpoint, {reason}") from error
     return checkpoint
 
@@ -751,7 +758,7 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"stopped; files in {args.run_dir}", file=sys.stderr)
-        sys.exit(128 + error.args[0])
+        sys.exit(128 + (error.args or [signal.SIGINT])[0])
     except Exception:
         print(
             "failed; gymnasium's check_env finds what is wrong in an environment", file=sys.stderr

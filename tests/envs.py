@@ -1,7 +1,6 @@
 """Small environments for the tests. With tests/ on the path: --env-id envs:Name-v0."""
 
 import random
-import time
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -71,7 +70,7 @@ class Timer(Constant):
 class Counter(Base):
     """Observes a count that names every state: 1000 * episode + step of the episode.
 
-    A step pays the count it arrives at, and a quarter more for action 1. Episodes have random
+    A step pays the count it arrives at, and a quarter of the action more. Episodes have random
     lengths and end in either way, sometimes in both. It changes the array that it has returned.
     """
 
@@ -88,7 +87,7 @@ class Counter(Base):
         return observation
 
     def pay(self, action: Action) -> float:
-        return 1000 * self.episode + self.steps + 0.25 * float(action)
+        return 1000 * self.episode + self.steps + 0.25 * float(np.ravel(action)[0])
 
     def ends(self) -> tuple[bool, bool]:
         terminated, truncated = (self.np_random.random(2) < 0.12).tolist()
@@ -188,20 +187,10 @@ class Place(Base):
 
 
 class Bad(Base):
-    """Misbehaves in its own way from step 50 of all on, or when it is built or reset."""
+    """Observes or pays what is no number, or too large a one, from step 50 of all on."""
 
     way: str
     all_steps = 0
-
-    def __init__(self, render_mode: str | None = None, **attributes: Any) -> None:
-        super().__init__(render_mode, **attributes)
-        if self.way == "init":
-            raise RuntimeError("no licence\nfor this robot")
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
-        if self.way == "reset":
-            raise RuntimeError("the battery is flat")
-        return super().reset(seed=seed)
 
     def observe(self) -> np.ndarray:
         steps = {"obs": range(11), "first": [0], "final": [10]}.get(self.way, [])
@@ -210,20 +199,12 @@ class Bad(Base):
 
     def pay(self, action: Action) -> float:
         self.all_steps += 1
-        if self.all_steps >= {"step": 50, "soon": 8}.get(self.way, np.inf):
-            raise ValueError("the wheel came off")
-        if self.way == "slow":
-            time.sleep(0.02)
         # The square of 1e30 is beyond float32: the loss of the critic becomes infinite.
         rewards = {"reward": np.nan, "infinite": np.inf, "huge": 1e30}
         return rewards.get(self.way, 1.0) if self.all_steps >= 50 else 1.0
 
     def ends(self) -> tuple[bool, bool]:
         return False, self.steps == 10
-
-    def close(self) -> None:
-        if self.way == "close":
-            raise BrokenPipeError(32, "the simulator has hung up")
 
 
 class Plain(gym.Env):
@@ -239,15 +220,6 @@ class Plain(gym.Env):
         return np.array([0.5, -0.5]), int(action), np.bool_(False), False, {}  # of float64
 
 
-class Dark(Base):
-    """Says that it can be drawn, and cannot, as MuJoCo without a display."""
-
-    metadata: ClassVar[dict[str, object]] = {"render_modes": ["rgb_array"]}
-
-    def render(self) -> None:
-        raise OSError("no display")
-
-
 def register(name: str, env: type[gym.Env], limit: int | None = None, **attributes: Any) -> None:
     entry = f"{__name__}:{env.__name__}"
     gym.register(f"{name}-v0", entry, max_episode_steps=limit, kwargs=attributes)
@@ -255,22 +227,12 @@ def register(name: str, env: type[gym.Env], limit: int | None = None, **attribut
 
 for name, acts in (("", Discrete(2)), ("Box", Box(-1, 1, (1,), np.float32))):
     register(f"Constant{name}", Constant, action_space=acts)
-    register(f"Hundred{name}", Constant, length=7, reward=100.0, action_space=acts)
-    register(f"Timer{name}", Timer, length=11, action_space=acts)
-    register(f"Dark{name}", Dark, limit=10, action_space=acts)
-    for way in "obs first final reward infinite huge step soon slow init reset close".split():
-        register(f"Bad{name}-{way}", Bad, way=way, action_space=acts)
-    # Spaces that are refused
-    sequence, graph = gym.spaces.Sequence(Discrete(3)), gym.spaces.Graph(Box(-1, 1, (2,)), None)
-    register(f"Observes{name}-sequence", Base, observation_space=sequence, action_space=acts)
-    register(f"Observes{name}-graph", Base, observation_space=graph, action_space=acts)
-register("Acts-multidiscrete", Base, action_space=gym.spaces.MultiDiscrete([2, 3]))
-register("Acts-multibinary", Base, action_space=gym.spaces.MultiBinary(3))
-register("Acts-tuple", Base, action_space=Tuple((Discrete(2), Discrete(2))))
-register("Acts-dict", Base, action_space=Dict({"turn": Discrete(2)}))
+    register(f"Counter{name}", Counter, action_space=acts)
+register("Hundred", Constant, length=7, reward=100.0)
 register("Chain", Timer, length=3, terminates=True)
-register("Endless", Constant, length=10**9)
-register("Counter", Counter)
+register("Timer", Timer, length=11)
+for way in ("obs", "first", "final", "reward", "infinite", "huge"):
+    register(f"Bad-{way}", Bad, way=way)
 register("Global", Global, limit=10)
 for coded, space in {
     "matrix": Box(0, 1, (4, 1), np.float32),

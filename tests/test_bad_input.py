@@ -19,7 +19,7 @@ BAD = """
 --num-envs 0
 --num-steps -128
 --num-minibatches 3 -> --num-minibatches 3: of 85.3333 rows
---num-minibatches 256 -> --num-minibatches 256: of 1 rows
+--total-timesteps 256 --num-minibatches 256 -> --num-minibatches 256: of 1 rows
 --update-epochs 0
 --gamma 1.01
 --gae-lambda nan

@@ -107,7 +107,9 @@ def test_rows_after_the_checkpoint_are_cut_off(first: int) -> None:
     for name in rows:
         with open(run / name, "a") as file:
             file.write("513,1.")  # killed while writing
+    (run / "notes.csv").write_text("mine")
     run_main(ppo, *resume)
+    assert (run / "notes.csv").read_text() == "mine"
     assert_whole(run, 512)
     assert (run / "episodes.csv").read_text() == rows["episodes.csv"]
 
