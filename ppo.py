@@ -69,7 +69,7 @@ class Args:
     clip_coef: float = 0.2  # epsilon: no gain from ratios beyond 1 +- epsilon; 0.1 to 0.3
     kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at the start)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
-    target_kl: float | None = None  # end an update when approx_kl exceeds this; 0.01 to 0.05
+    target_kl: float | None = 0.02  # end an update when approx_kl exceeds this; 0.01 to 0.05
     clip_vloss: bool = False  # also limit the change of values to clip_coef; rarely helps
     vf_coef: float = 0.5  # weight of the value loss; more if explained_variance is low
     ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02

@@ -99,6 +99,14 @@ def test_rows_are_transitions(
     assert len(read_csv(f"{folder}/episodes.csv")) == dones.sum()
 
 
+def test_first_episodes_end_at_different_times() -> None:
+    """Or environments of equally long episodes would fill each batch with one stage of them."""
+    episodes = read_csv(f"{train(env_id='envs:Plain-v0', norm_obs=False)}/episodes.csv")
+    ends = [(int(row["episodic_length"]), int(row["global_step"])) for row in episodes]
+    assert ends[:4] == [(3, 12), (5, 20), (8, 32), (10, 40)]
+    assert {length for length, _ in ends[4:]} == {10}
+
+
 @pytest.mark.parametrize(
     ("name", "states", "values"),
     [("Constant", [1], [10]), ("Chain", [0, 1, 2], [2.71, 1.9, 1])],
