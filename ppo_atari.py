@@ -590,9 +590,9 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(to_json(asdict(args)))
         (folder / "script.py").write_bytes(Path(__file__).read_bytes())
-        for path in [folder / name for name in state["files"] if (folder / name).exists()]:
-            # Rows after the checkpoint will be trained again
-            os.truncate(path, min(state["files"][path.name], path.stat().st_size))
+        for name, size in state["files"].items():  # later rows will be trained again
+            if (folder / name).exists():
+                os.truncate(folder / name, min(size, (folder / name).stat().st_size))
         if args.track:
             import wandb
 
@@ -645,7 +645,7 @@ class Log:
 
     def save(self, modules: dict[str, Any], name: str = "checkpoint.pt") -> None:
         """Write a checkpoint whole or not at all."""
-        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
+        temporary = self.folder / f"{name}.tmp"
         for file in self.state["columns"]:
             self.state["files"][file] = (self.folder / file).stat().st_size
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
@@ -653,7 +653,7 @@ class Log:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, self.folder / name)
 
     def summarize(self, evaluation: dict[str, Any]) -> None:
         """Write and print summary.json, after training and again after the evaluation."""
@@ -737,7 +737,7 @@ def main() -> None:
     args = tyro.cli(Args)
     try:
         if path := args.resume or args.evaluate:  # its arguments are the defaults
-            given = {"run_dir": None, "resume": args.resume, "evaluate": args.evaluate}
+            given = {"resume": args.resume, "evaluate": args.evaluate}
             args = tyro.cli(Args, default=Args(**restore(path, {})["args"] | given))
         args.run_dir = str(run_folder(args))
         args.resume = args.resume and os.path.abspath(args.resume)

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -77,6 +78,38 @@ def copied(x: object) -> object:
     if isinstance(x, dict):
         return {name: copied(value) for name, value in x.items()}
     return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def run_main(script: ModuleType, *argv: object) -> None:
+    """Call main() with a command line."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+        try:
+            script.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def summary(folder: str | Path, times: bool = False) -> dict[str, float]:
+    """summary.json, in which a bare NaN or Infinity is no JSON."""
+    text = Path(folder, "summary.json").read_text()
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"a bare {name}"))
+    return {k: v for k, v in content.items() if times or k not in ("SPS", "wall_time")}
+
+
+def assert_whole(folder: str | Path, total: int, batch: int = 64) -> None:
+    """Each row once and in order, in both files, and no line that is empty or cut off."""
+    assert column(folder, "global_step") == list(range(batch, total + 1, batch))
+    times = column(folder, "wall_time")
+    assert times == sorted(times)
+    for name in ("metrics.csv", "episodes.csv"):
+        text = Path(folder, name).read_text()
+        commas = {line.count(",") for line in text.splitlines()}
+        assert text.endswith("\n") and len(commas) == 1, f"{name}: {commas}"
+    steps = [int(row["global_step"]) for row in read_csv(Path(folder, "episodes.csv"))]
+    assert steps == sorted(steps) and steps[-1] <= total
 
 
 def spy(

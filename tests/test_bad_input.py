@@ -7,8 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import ENV_IDS, tiny
-from test_runs import run_main
+from helpers import ENV_IDS, run_main, tiny
 
 import ppo
 import ppo_continuous

@@ -13,8 +13,7 @@ import faulty
 import numpy as np
 import pytest
 import torch
-from helpers import column, flags, metrics, start, tiny, wait_for
-from test_runs import assert_whole, run_main, summary
+from helpers import assert_whole, column, flags, metrics, run_main, start, summary, tiny, wait_for
 
 import ppo
 
