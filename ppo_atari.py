@@ -5,18 +5,15 @@
 # ///
 """PPO for Atari games from pixels. Read ppo.py first.
 
-    python ppo_atari.py --env-id BreakoutNoFrameskip-v4           # 10M steps: hours on a CPU
-    python ppo_atari.py --help                                    # what every flag does
-    python ppo_atari.py --resume runs/FOLDER                      # go on where a run stopped
-    python ppo_atari.py --evaluate runs/FOLDER --capture-video    # watch what it has learned
+    python ppo_atari.py --env-id BreakoutNoFrameskip-v4    # 10M steps: hours on a CPU
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 ppo_atari.py
 
-What differs from ppo.py: the emulator steps all games in C++ threads, actor and critic share a
-convolutional network, a lost life ends the bootstrap, and `Args` holds other numbers. From the
-paper: the clip range is constant, there are 4 epochs, and values are clipped.
+From ppo.py differ: an emulator that steps all games in C++ threads, a convolutional network
+that actor and critic share, a lost life as the end of the bootstrap, the numbers in `Args`.
+From the paper: a constant clip range, 4 epochs, clipped values.
 
 "(critical)" marks a line whose omission is a classic bug. What stands between ">>> shared" and
-"<<< shared" is the same in ppo.py and ppo_continuous.py.
+"<<< shared" is the same in all three scripts.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 [Nature] Mnih et al. 2015, "Human-level control through deep reinforcement learning".
@@ -30,15 +27,13 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed.nn  # before the group is made, which it would keep alive at exit
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.utils.save_video import save_video
@@ -51,9 +46,8 @@ Rows = dict[str, Tensor]  # "obs", "actions", ... of transitions, (T, N, ...) or
 class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/Breakout-v5, which has sticky actions
     total_timesteps: int = 10_000_000  # of all environments, rounded down to whole batches
-    seed: int = 1  # same seed, same CPU: same numbers; try 5 or more seeds
-    exp_name: str = Path(__file__).stem  # label of the run, part of its folder's name
-    # Rollout
+    seed: int = 1  # same seed, same CPU: same numbers; try several
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     num_envs: int = 8  # N, environments that step together; 1 to 64
     num_steps: int = 128  # T, steps of each environment per batch; 16 to 2048
     gamma: float = 0.99  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
@@ -61,10 +55,9 @@ class Args:
     norm_obs: bool = False  # not for pixels, which are scaled to [0, 1]
     norm_reward: bool = False  # divide by the std of returns, where those are far from 1
     sticky_actions: float | None = None  # chance to repeat the last action; default: the id's
-    # Update
     learning_rate: float = 2.5e-4  # Adam's step size; lower it where approx_kl runs high
-    anneal_lr: bool = True  # lower the learning rate linearly: steadier at the end
-    final_lr_fraction: float = 0.0  # the share of it that annealing leaves at the end
+    anneal_lr: bool = True  # linearly: steadier at the end
+    final_lr_fraction: float = 0.0  # the share of it that is left at the end
     update_epochs: int = 4  # passes over each batch; 3 to 20
     num_minibatches: int = 4  # gradient steps per pass, usually of 64 to 512 rows
     recompute_advantages: bool = False  # anew before each epoch; helps with many epochs
@@ -78,48 +71,44 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss; more if explained_variance is low
     ent_coef: float = 0.01  # entropy bonus, if the policy settles too soon; 0 to 0.02
     max_grad_norm: float = 0.5  # gradient clipping, by the norm of all parameters
-    # Machine
     cuda: bool = field(default_factory=torch.cuda.is_available)  # slower for small nets
     torch_deterministic: bool = True  # only reproducible cuDNN kernels
     torch_threads: int = 0  # CPU threads; 1 suits small networks, 0: torch's choice
     bf16: bool = False  # convolutions in bfloat16: faster where the processor knows it
     compile: bool = False  # torch.compile the loss: starts later, then runs faster
-    # Records
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{unix time}
     eval_episodes: int = 10  # of the evaluation after training, 0 for none
     capture_video: bool = False  # film the first environment, up to 1,000 steps a film
     resume: str | None = None  # run folder to go on from, with its arguments and new ones
     evaluate: str | None = None  # run folder to evaluate instead of training
-    track: bool = False  # metrics to wandb as well; WANDB_MODE=offline needs no account
+    track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
     wandb_project_name: str = "ppo"  # of wandb
     wandb_entity: str | None = None  # user or team of wandb
 
 
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
-    """Build games that step together in C++; films of the first go into the folder `videos`.
+    """Build games that step together in C++; a film of the first goes into the folder `videos`.
 
-    Observations (N, 4, 84, 84), uint8: the last four frames, gray and small. A step repeats its
-    action for 4 frames and takes the maximum of the last two; a game starts with up to 30
-    no-ops and with FIRE. A lost life counts as a termination, though the game goes on.
-    SAME_STEP autoreset: the step that ends a game returns the first observation of the next.
+    Observations (N, 4, 84, 84), uint8: the last four frames. A step repeats its action for 4
+    frames; a game starts with up to 30 no-ops and FIRE. SAME_STEP autoreset: the step that ends
+    a game returns the first observation of the next.
     """
     with closed_on_error([], f"--env-id {args.env_id}"):
         settings = gym.spec(args.env_id.removeprefix("ale_py:")).kwargs
         if "game" not in settings or args.norm_obs:
-            raise TypeError("ppo_atari.py needs an Atari game, and no --norm-obs")
-        sticky_actions = settings["repeat_action_probability"]
+            raise TypeError("it needs an Atari game, and no --norm-obs")
+        sticky = settings["repeat_action_probability"]
         if args.sticky_actions is not None:
-            sticky_actions = args.sticky_actions
-        if not 0 <= sticky_actions <= 1:
-            raise ValueError(f"--sticky-actions {sticky_actions}: must be between 0 and 1")
+            sticky = args.sticky_actions
+        if not 0 <= sticky <= 1:
+            raise ValueError(f"--sticky-actions {sticky}: must be between 0 and 1")
         envs = AtariVectorEnv(
             settings["game"],
             num_envs,
-            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-            repeat_action_probability=sticky_actions,
-            life_loss_info=True,
-            reward_clipping=False,  # the emulator would hide the score; GameStatistics clips
-            max_num_frames_per_episode=108_000,
+            autoreset_mode="SameStep",
+            repeat_action_probability=sticky,
+            life_loss_info=True,  # a lost life is a termination, though the game goes on
+            reward_clipping=False,  # it would hide the score; GameStatistics clips
         )
     return GameStatistics(envs, videos)
 
@@ -129,7 +118,7 @@ class GameStatistics(gym.vector.VectorWrapper):
 
     def __init__(self, envs: AtariVectorEnv, videos: Path | None) -> None:
         super().__init__(envs)
-        self.videos, self.frames, self.games = videos, [], 0
+        self.videos, self.frames = videos, []
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         obs, infos = self.env.reset(**kwargs)
@@ -141,7 +130,7 @@ class GameStatistics(gym.vector.VectorWrapper):
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
         self.episode_returns += rewards
         self.episode_lengths += 1
-        # Frame numbers fall where a new game has begun, and not where only a life was lost
+        # Frame numbers fall where a new game has begun, not where only a life was lost
         ended = truncations | (infos["episode_frame_number"] < self.frame_numbers)
         self.frame_numbers = infos["episode_frame_number"].copy()
         final_obs, infos["final_obs"] = infos.get("final_obs"), obs.copy()
@@ -150,27 +139,17 @@ class GameStatistics(gym.vector.VectorWrapper):
             infos["episode"] = {"r": self.episode_returns.copy(), "l": self.episode_lengths.copy()}
             infos["_episode"] = ended
             self.episode_returns[ended] = self.episode_lengths[ended] = 0
-        if self.videos and self.games % 10 == 0 and len(self.frames) < 1000:
-            self.frames.append(np.repeat(obs[0, -1, ..., None], 3, axis=-1))
-        if ended[0]:
-            self.end_film()
-            self.games += 1
+        if self.videos:  # a film of the last 1,000 steps
+            self.frames = [*self.frames[-999:], np.repeat(obs[0, -1, ..., None], 3, axis=-1)]
         return obs, np.clip(rewards, -1, 1), terminations, truncations, infos
 
-    def end_film(self) -> None:
-        if self.frames:
-            save_video(
-                self.frames, str(self.videos), lambda _: True, episode_index=self.games, fps=15
-            )
-        self.frames = []
-
     def close(self, **kwargs: Any) -> None:
-        self.end_film()  # of a game still under way
+        if self.frames:
+            save_video(self.frames, str(self.videos), lambda _: True, fps=15)
         super().close(**kwargs)
 
 
 # The policy is a categorical distribution; `dist` is its log-probabilities, (N, actions).
-# Sums are over all but the rows, so that (N, K, actions), K actions at once, would do as well.
 def sample(dist: Tensor) -> Tensor:
     """Actions (N,). Gumbel-max trick: argmax(log p + g), g = -log(exponential), follows p."""
     return (dist - torch.empty_like(dist).exponential_().log()).argmax(dim=-1)
@@ -195,33 +174,22 @@ def kl_divergence(old: Tensor, new: Tensor) -> Tensor:
     return (old.exp() * (old - new)).flatten(1).sum(dim=1)
 
 
-def initialize(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Module:
-    """Orthogonal weights and zero biases: steadier than torch's default at the start."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class Agent(nn.Module):
-    """Observation -> features -> policy and value, on top of one convolutional network."""
+    """Observation -> features, by one convolutional network -> policy and value."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
         super().__init__()
-        self.bf16 = args.bf16
+        self.bf16, num_actions = args.bf16, int(envs.single_action_space.n)
+        conv1, conv2, conv3 = nn.Conv2d(4, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3)
+        linear, relu = nn.Linear(64 * 7 * 7, 512), nn.ReLU()
         self.network = nn.Sequential(  # [Nature], methods
-            initialize(nn.Conv2d(4, 32, 8, stride=4)),
-            nn.ReLU(),
-            initialize(nn.Conv2d(32, 64, 4, stride=2)),
-            nn.ReLU(),
-            initialize(nn.Conv2d(64, 64, 3, stride=1)),
-            nn.ReLU(),
-            nn.Flatten(),
-            initialize(nn.Linear(64 * 7 * 7, 512)),
-            nn.ReLU(),
+            conv1, relu, conv2, relu, conv3, relu, nn.Flatten(), linear, relu
         )
-        # Gain 0.01: all actions are about equally likely at the start
-        self.actor = initialize(nn.Linear(512, int(envs.single_action_space.n)), gain=0.01)
-        self.critic = initialize(nn.Linear(512, 1), gain=1.0)
+        self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
+        gains = {self.actor: 0.01, self.critic: 1.0}  # 0.01: actions start about equally likely
+        for layer in (conv1, conv2, conv3, linear, self.actor, self.critic):
+            nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
+            nn.init.zeros_(layer.bias)
 
     def features(self, rows: Rows) -> Tensor:
         """(N, 4, 84, 84) -> (N, 512); pixels are scaled to [0, 1]."""
@@ -234,12 +202,12 @@ class Agent(nn.Module):
         return self.actor(features).log_softmax(dim=-1)
 
     def get_value(self, features: Tensor) -> Tensor:
-        return self.critic(features).squeeze(-1)  # (N,) (critical: not (N, 1))
+        return self.critic(features).squeeze(-1)
 
 
 # >>> shared: algorithm
 def all_mean(x: Tensor) -> Tensor:
-    """Average x, in place, over the processes of torchrun, if there are several."""
+    """Average x, in place, over torchrun's processes, if there are several."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
         x /= torch.distributed.get_world_size()
@@ -253,7 +221,6 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
@@ -264,7 +231,6 @@ class RunningMeanStd(nn.Module):
         share = len(x) / (self.count + len(x))  # of the new rows in all rows
         self.var += share * (var - self.var) + share * (1 - share) * (mean - self.mean) ** 2
         self.mean += share * (mean - self.mean)
-        self.std = (self.var + 1e-8).sqrt()
         self.count += len(x)
 
 
@@ -279,9 +245,8 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation ([GAE] eq. 16, [PPO] eq. 11-12): (advantages, returns).
 
-    All (T, N); row t is the transition from s_t to s_{t+1}. next_values[t] = V(s_{t+1}), where
-    s_{t+1} still belongs to its episode. terminations: s_{t+1} is terminal. dones: the episode
-    ends there, by termination or by truncation (a time limit).
+    All (T, N). next_values[t] = V(s_{t+1}), of the episode of s_t. terminations: s_{t+1} is
+    terminal. dones: the episode ends there, by termination or by truncation (a time limit).
     """
     # delta_t = r_t + gamma * V(s_{t+1}) * (1 - termination_t) - V(s_t)
     # (critical: after a time limit s_{t+1} has a value, so terminations count, not dones)
@@ -291,8 +256,7 @@ def compute_gae(
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[0])  # A_T = 0: no delta is known past the batch
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + decays[t] * advantage
-        advantages[t] = advantage
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages, advantages + values
 
 
@@ -307,10 +271,10 @@ def add_advantages(agent: Agent, args: Args, batch: Rows) -> None:
     last = dones.bool()
     last[-1] = True
     next_values[last] = agent.get_value(agent.features({"obs": batch["next_obs"][last]}))
-    advantages, returns = compute_gae(
+    batch["values"] = values
+    batch["advantages"], batch["returns"] = compute_gae(
         rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda
     )
-    batch.update(values=values, advantages=advantages, returns=returns)
 
 
 def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tensor, Rows]:
@@ -340,7 +304,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         # L_KLPEN = E[r * A - beta * KL[old || new]], exact, not estimated from samples
         stats = {"kl": kl_divergence(mb["dist"], dist).mean(), "kl_coef": kl_coef}
     elif args.surrogate != "none":
-        raise ValueError(f"ppo_loss does not know the surrogate {args.surrogate}")
+        raise ValueError(f"unknown surrogate {args.surrogate}")
     policy_loss = -surrogate.mean()
     # L_VF = 1/2 * E[(V - return)^2]; clipped: the larger one of that and
     # (V_old + clip(V - V_old, -eps, eps) - return)^2
@@ -366,10 +330,10 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
     return loss, {name: x.detach() for name, x in stats.items()}
 
 
-def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> tuple[Agent, "Log | None"]:
+def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     """Train an agent. T steps in each of N environments are a batch, M rows a minibatch."""
     T, N, batch_size = args.num_steps, envs.num_envs, args.num_steps * args.num_envs
-    M = T * N // args.num_minibatches  # N and M of this process, batch_size of all of torchrun
+    M = T * N // args.num_minibatches  # N and M: of this process, batch_size: of all
     rank = int(os.environ.get("RANK", 0))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     seed_all(args.seed, 0)
@@ -379,38 +343,39 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> tuple[Agent, "L
     learning_rates = [group["lr"] for group in optimizer.param_groups]
     reward_stats = RunningMeanStd().to(device)
     loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
+    if N < args.num_envs:  # torchrun's processes share the environments
+        torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
     # All that --resume needs: what has a state_dict, and plain numbers
     modules = {"agent": agent, "optimizer": optimizer, "reward_stats": reward_stats}
     state = {"global_step": 0, "kl_scale": 1.0, "wall_time": 0.0, "episodes": []}
-    state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "columns": {}}
+    state |= {"columns": {}, "files": {"metrics.csv": 0, "episodes.csv": 0}}
     if args.resume:
-        state |= restore(args.resume, modules)["state"]
+        state |= restore(folder, modules)["state"]
     # A resumed run is not the uncut one: episodes begin anew, with other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
-        if env.has_wrapper_attr("_elapsed_steps"):  # cut first episodes at different time limits:
-            # in step, environments would fill each batch with one stage of their episodes
-            limit = env.get_wrapper_attr("_max_episode_steps")
+        if limit := env.spec.max_episode_steps:  # environments in step would fill each batch
+            # with one stage of their episodes: time limits cut the first ones differently
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
     past_sum = torch.zeros(N, device=device)  # of the rewards of the episodes under way
     log = Log(args, folder, state) if rank == 0 else None
     if args.norm_obs and agent.obs_stats.count == 0:
-        # T steps that train nothing give the statistics a scale before the first update
-        for _ in range(T):
+        for _ in range(T):  # uncounted steps: the statistics need a scale before the first update
             dist = agent.get_dist(agent.features({"obs": next_obs})).detach()
             next_obs = torch.tensor(envs.step(sample(dist).cpu().numpy())[0], device=device)
             agent.obs_stats.update(next_obs)
     while state["global_step"] + batch_size <= args.total_timesteps:
-        # ---- Phase 1: anneal: smaller learning steps as the end of training comes nearer
+        # ---- Phase 1: anneal the learning rate
         progress = state["global_step"] / args.total_timesteps if args.anneal_lr else 0.0
         fraction = 1 - progress * (1 - args.final_lr_fraction)
-        for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = float(fraction * learning_rate)
+        for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = float(fraction * rate)
 
         # ---- Phase 2: rollout: the policy acts, and every transition is kept
         steps = []
-        rewards, terminations, dones = np.zeros((3, T, N), dtype=np.float32)
+        signals = np.zeros((3, T, N), dtype=np.float32)
+        rewards, terminations, dones = signals
         with torch.no_grad():
             for t in range(T):
                 step = {"obs": next_obs}
@@ -420,35 +385,28 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> tuple[Agent, "L
                 next_obs, rewards[t], terminations[t], truncated, infos = envs.step(actions)
                 next_obs = torch.tensor(next_obs, device=device)  # copies what may be reused
                 dones[t] = np.maximum(terminations[t], truncated)
-                step["next_obs"] = next_obs  # s_{t+1}, unless it begins another episode:
-                if dones[t].any():
-                    step["next_obs"] = next_obs.clone()
-                    for i in np.flatnonzero(dones[t]):
-                        step["next_obs"][i] = torch.as_tensor(infos["final_obs"][i])
+                step["next_obs"] = next_obs.clone()  # s_{t+1}, where no other episode has begun
+                for i in np.flatnonzero(dones[t]):
+                    step["next_obs"][i] = torch.as_tensor(infos["final_obs"][i])
                 steps.append(step)
                 state["global_step"] += args.num_envs
                 if log and "episode" in infos:
                     log.episodes_ended(infos)
         # (T, N, ...) each. Values and log-probabilities follow for all rows at once
         batch = {name: torch.stack([step[name] for step in steps]) for name in step}
-        batch["rewards"] = torch.tensor(rewards, device=device)
-        batch["terminations"] = torch.tensor(terminations, device=device)
-        batch["dones"] = torch.tensor(dones, device=device)
-        if not all(batch[x].isfinite().all() for x in ("obs", "next_obs", "rewards")):
-            raise FloatingPointError("the rollout has a NaN or infinite observation or reward")
+        batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(signals).to(device)
         if args.norm_reward:  # divide by the std of the discounted sums of past rewards
             past_sums = torch.zeros_like(batch["rewards"])
             for t in range(T):
-                past_sum = batch["rewards"][t] + args.gamma * past_sum
-                past_sums[t] = past_sum
+                past_sums[t] = past_sum = batch["rewards"][t] + args.gamma * past_sum
                 past_sum = past_sum * (1 - batch["dones"][t])  # an episode starts from 0
             reward_stats.update(past_sums.flatten())
-            batch["rewards"] = (batch["rewards"] / reward_stats.std).float()
+            batch["rewards"] = (batch["rewards"] / (reward_stats.var + 1e-8).sqrt()).float()
 
         # ---- Phase 3: advantages: how much better was an action than the policy's average?
         add_advantages(agent, args, batch)
-        # The share of the returns' variance that the critic foresaw: advantages are its errors
-        explained_variance = 1 - batch["advantages"].var() / batch["returns"].var()
+        # Explained variance: the share of the returns' variance that the critic foresaw
+        unexplained = (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
         kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
@@ -464,7 +422,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> tuple[Agent, "L
                 loss, stats = loss_function(agent, args, mb, kl_coef)
                 optimizer.zero_grad()
                 loss.backward()
-                if torch.distributed.is_initialized():  # one collective for all gradients
+                if N < args.num_envs:  # one collective for all gradients
                     gradients = [parameter.grad for parameter in parameters]
                     averages = all_mean(nn.utils.parameters_to_vector(gradients))
                     nn.utils.vector_to_parameters(averages, gradients)
@@ -477,9 +435,8 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> tuple[Agent, "L
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
         if args.surrogate == "kl-adaptive":  # [PPO] section 4
-            with torch.no_grad():
-                dist = agent.get_dist(agent.features(flat))
-                kl = all_mean(kl_divergence(flat["dist"], dist).mean())
+            dist = agent.get_dist(agent.features(flat)).detach()
+            kl = all_mean(kl_divergence(flat["dist"], dist).mean())
             if kl < args.kl_target / 1.5:
                 state["kl_scale"] = max(state["kl_scale"] / 2, 1 / 1000)
             elif kl > args.kl_target * 1.5:
@@ -489,18 +446,20 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> tuple[Agent, "L
 
         # ---- Phase 5: record, and throw the batch away: its policy is gone
         metrics = {"charts/learning_rate": fraction * args.learning_rate}
-        metrics["losses/explained_variance"] = explained_variance.item()
+        metrics["losses/explained_variance"] = 1 - unexplained
         for name in stats:  # means over all minibatches
             mean = torch.stack([stats[name] for stats in all_stats]).mean()
             metrics[f"losses/{name}"] = mean.item()
         if not math.isfinite(metrics["losses/grad_norm"]):
-            raise FloatingPointError("a gradient of the update is NaN or infinite")
+            raise FloatingPointError("an observation, a reward or a gradient is NaN or infinite")
         if log:
             log.iteration_ended(metrics, modules)
+    if N < args.num_envs:
+        torch.distributed.destroy_process_group()
     if log:
         log.save(modules)
         log.summarize({"eval_return_mean": None, "eval_return_std": None, "eval_episodes": 0})
-    return agent, log
+    return log
 
 
 # <<< shared: algorithm
@@ -511,7 +470,7 @@ class BadInput(ValueError):
 
 
 @contextlib.contextmanager
-def closed_on_error(envs: list[Any], refusal: str = "") -> Iterator[None]:
+def closed_on_error(envs: list[Any], refusal: str = "") -> Any:
     """Close `envs` after an error, which an error in closing never hides."""
     try:
         yield
@@ -535,32 +494,34 @@ def seed_all(*numbers: int) -> int:
 
 def train(args: Args) -> str:
     """Train and evaluate; returns the run folder. BadInput: it cannot be run as asked."""
-    check(args)
-    folder, world_size = run_folder(args), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
+    name = args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-")
+    folder = Path(args.evaluate or args.resume or name).absolute()  # environments may chdir
+    check(args, folder)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    films = args.capture_video and os.environ.get("RANK", "0") == "0"
-    videos = folder / f"videos/{time.time():.0f}" if films else None
-    envs = make_envs(args, args.num_envs // world_size, videos)
+    videos = folder / f"videos/{time.time():.0f}" if args.capture_video and rank == 0 else None
+    if args.evaluate:
+        print(*(f"{name}={value}" for name, value in evaluate(args, folder, videos).items()))
+        return str(folder)
+    envs = make_envs(args, args.num_envs // processes, videos)
     with closed_on_error([envs]):
-        agent, log = ppo(args, envs, folder)
+        log = ppo(args, envs, folder)
         envs.close()
-    if world_size > 1:
-        all_mean(next(agent.parameters()).detach().clone())  # a barrier
-        torch.distributed.destroy_process_group()
     if log and args.eval_episodes > 0:
-        log.summarize(evaluate(agent, args))
+        log.summarize(evaluate(args, folder))
     return str(folder)
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, Any]:
-    """Play one episode in each of --eval-episodes environments, cut at 27,000 steps."""
-    device, returns = next(agent.parameters()).device, np.full(args.eval_episodes, np.nan)
+def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict[str, Any]:
+    """Play an episode in each of --eval-episodes environments, of 27,000 steps at most."""
+    device, returns = "cuda" if args.cuda else "cpu", np.full(args.eval_episodes, np.nan)
     envs = make_envs(args, args.eval_episodes, videos)
-    with closed_on_error([envs]), torch.random.fork_rng([device] if args.cuda else []):
+    with closed_on_error([envs]), torch.random.fork_rng():
+        agent = Agent(envs, args).to(device)
+        restore(folder, {"agent": agent})
         obs, rewards = envs.reset(seed=seed_all(args.seed, 2))[0], np.zeros(1)
         for step in range(1, 27_001):
             if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
@@ -582,23 +543,23 @@ def evaluate(agent: Agent, args: Args, videos: Path | None = None) -> dict[str, 
 
 
 class Log:
-    """Files and wandb of a run; `state` is where it was left, and is kept up to date."""
+    """Files and wandb of a run; `state` is what --resume needs, kept up to date here."""
 
     def __init__(self, args: Args, folder: Path, state: dict[str, Any]) -> None:
         self.args, self.folder, self.state, self.wandb = args, folder, state, None
         self.next_save, self.start = 0.0, time.monotonic() - state["wall_time"]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(to_json(asdict(args)))
+        (folder / "config.json").write_text(json.dumps(vars(args), indent=2, default=float))
         (folder / "script.py").write_bytes(Path(__file__).read_bytes())
-        for name, size in state["files"].items():  # later rows will be trained again
-            if (folder / name).exists():
-                os.truncate(folder / name, min(size, (folder / name).stat().st_size))
+        for name, size in state["files"].items():  # rows after the checkpoint come again
+            with open(folder / name, "ab") as file:
+                file.truncate(min(size, file.tell()))
         if args.track:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             names |= {"name": folder.name, "id": state.setdefault("id", os.urandom(8).hex())}
-            self.wandb = wandb.init(**names, dir=folder, config=asdict(args), resume="allow")
+            self.wandb = wandb.init(**names, dir=folder, config=vars(args), resume="allow")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"{args.env_id}, seed {args.seed}, files in {folder}", flush=True)
 
@@ -610,26 +571,24 @@ class Log:
             self.state["episodes"] = [*self.state["episodes"][-99:], (r, length)]
 
     def iteration_ended(self, metrics: dict[str, float], modules: dict[str, Any]) -> None:
-        """Write a row; save, and print it, so often that saving takes 1% of the time."""
-        step, now = self.state["global_step"], time.monotonic()
-        self.state["wall_time"] = now - self.start
-        sps = round(step / max(self.state["wall_time"], 1e-9))
-        episodes = self.state["episodes"] or [(np.nan, np.nan)]
-        mean_return, length = np.mean(episodes, axis=0).tolist()
-        row = {"global_step": step, "charts/SPS": sps, "charts/episodic_return": mean_return}
-        row |= {"charts/episodic_length": length} | metrics
-        row["wall_time"] = round(self.state["wall_time"], 3)
+        """Write a row; print it and save, so often that saving takes 1% of the time."""
+        state, now = self.state, time.monotonic()
+        state["wall_time"] = round(now - self.start, 3)
+        state["SPS"] = round(state["global_step"] / max(now - self.start, 1e-9))
+        mean, length = np.mean(state["episodes"] or [(np.nan, np.nan)], axis=0).tolist()
+        state["train_return_last100"] = mean if state["episodes"] else None
+        row = {"global_step": state["global_step"], "charts/SPS": state["SPS"]}
+        row |= {"charts/episodic_return": mean, "charts/episodic_length": length}
+        row |= metrics | {"wall_time": state["wall_time"]}
         self.append("metrics.csv", row)
         if self.wandb:
             self.wandb.log(row)
         if now >= self.next_save:
-            kl = metrics["losses/approx_kl"]
-            print(f"step {step}, {sps} SPS, return {mean_return:.1f}, KL {kl:.4f}", flush=True)
+            print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
             except OSError as error:  # the last save raises it
-                path = self.folder / "checkpoint.pt"
-                print(f"{path} not saved, the next time it may: {error}", file=sys.stderr)
+                print(f"{self.folder}/checkpoint.pt comes later: {error}", file=sys.stderr)
             self.next_save = now + max(2, 100 * (time.monotonic() - now))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
@@ -640,134 +599,86 @@ class Log:
                 if file.tell() == 0:
                     print(*row, sep=",", file=file)
                 print(*row.values(), sep=",", file=file)
+                self.state["files"][name] = file.tell()
         except OSError as error:  # a full disk's does not name the file
             raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
 
     def save(self, modules: dict[str, Any], name: str = "checkpoint.pt") -> None:
-        """Write a checkpoint whole or not at all."""
-        temporary = self.folder / f"{name}.tmp"
-        for file in self.state["columns"]:
-            self.state["files"][file] = (self.folder / file).stat().st_size
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
-        checkpoint |= json.loads(to_json({"state": self.state, "args": asdict(self.args)}))
-        with open(temporary, "wb") as file:
+        plain = {"state": self.state, "args": vars(self.args)}  # numpy's numbers become Python's
+        checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))
+        with open(self.folder / f"{name}.tmp", "wb") as file:
             torch.save(checkpoint, file)
             os.fsync(file.fileno())
-        os.replace(temporary, self.folder / name)
+        os.replace(file.name, self.folder / name)  # whole or not at all
 
     def summarize(self, evaluation: dict[str, Any]) -> None:
-        """Write and print summary.json, after training and again after the evaluation."""
-        step, wall_time = self.state["global_step"], round(self.state["wall_time"], 3)
-        returns = [x for x, _ in self.state["episodes"]]
-        summary = {"global_step": step, "wall_time": wall_time}
-        summary["SPS"] = round(step / max(wall_time, 1e-9))
-        summary["train_return_last100"] = float(np.mean(returns)) if returns else None
-        summary |= evaluation
-        (self.folder / "summary.json").write_text(to_json(summary))
+        names = ("global_step", "wall_time", "SPS", "train_return_last100")
+        summary = {name: self.state[name] for name in names} | evaluation
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
         print(*(f"{name}={value}" for name, value in summary.items()), flush=True)
         if self.wandb:
             self.wandb.summary.update(summary)
 
 
-def to_json(data: Any) -> str:
-    """numpy's numbers become Python's, which alone torch.load(weights_only=True) accepts."""
-    return json.dumps(data, indent=2, default=lambda x: x.tolist())
-
-
-def restore(path: str, modules: dict[str, Any]) -> dict[str, Any]:
+def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
     """Load the modules' states; returns the checkpoint. weights_only: it can run no code."""
     try:
-        file = Path(path) if path.endswith(".pt") else Path(path, "checkpoint.pt")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition(" This file can still")[0]
-        raise BadInput(f"--resume/--evaluate {path}: no fitting checkpoint, {reason}") from error
+        reason = str(error).partition(" This file can still")[0]  # torch's bad advice
+        raise BadInput(f"--resume/--evaluate {folder}: no fitting checkpoint: {reason}") from error
     return checkpoint
 
 
-def run_folder(args: Args) -> Path:
-    """Absolute, as environments may change the working directory."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    name = args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-")
-    folder = Path(args.resume or args.evaluate or name).absolute()
-    return folder.parent if folder.suffix == ".pt" else folder
-
-
-def check(args: Args) -> None:
+def check(args: Args, folder: Path) -> None:
     """Raise BadInput with flag, value and reason for what cannot be run as asked."""
 
     def require(name: str, condition: bool, reason: str) -> None:
         if not condition:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: {reason}")
 
-    for name in ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs"):
-        whole = isinstance(getattr(args, name), int)
-        require(name, whole and getattr(args, name) > 0, "must be a whole number above 0")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
-        require(name, getattr(args, name) > 0, "must be above 0")
+    counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
+    for name in (*counts, "learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
+        require(name, 0 < getattr(args, name) < math.inf, "must be finite and above 0")
     for name in ("seed", "vf_coef", "ent_coef", "eval_episodes", "torch_threads"):
         require(name, 0 <= getattr(args, name) < math.inf, "must be finite and not negative")
     for name in ("gamma", "gae_lambda", "final_lr_fraction"):
         require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1")
     processes, batch = int(os.environ.get("WORLD_SIZE", 1)), args.num_envs * args.num_steps
     rows = batch / processes / args.num_minibatches
-    require("target_kl", args.target_kl is None or args.target_kl > 0, "must be above 0")
     require("num_envs", args.num_envs % processes == 0, f"must divide by {processes} processes")
     require("num_minibatches", rows % 1 == 0 and rows > 1, f"of {rows:g} rows (batch: {batch})")
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
-    old = args.resume or args.evaluate or os.environ.get("RANK", "0") != "0"
-    empty = not run_folder(args).is_dir() or not any(run_folder(args).iterdir())
-    require("run_dir", old or empty, "is not empty; name a new folder")
-    require("evaluate", not (args.resume and args.evaluate), "goes without --resume")
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require("run_dir", free or args.resume or args.evaluate, "is not an empty folder")
     require("eval_episodes", args.eval_episodes > 0 or not args.evaluate, "must be above 0")
 
 
 def main() -> None:
     """The command line. Bad input: one line, exit code 2. Ctrl-C: one line, 130."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # closes environments on its way
     args = tyro.cli(Args)
     try:
-        if path := args.resume or args.evaluate:  # its arguments are the defaults
+        if folder := args.evaluate or args.resume:  # the run's own arguments are the defaults
             given = {"resume": args.resume, "evaluate": args.evaluate}
-            args = tyro.cli(Args, default=Args(**restore(path, {})["args"] | given))
-        args.run_dir = str(run_folder(args))
-        args.resume = args.resume and os.path.abspath(args.resume)
-        args.evaluate = args.evaluate and os.path.abspath(args.evaluate)
-        if not args.evaluate:
-            train(args)
-            return
-        check(args)
-        torch.set_num_threads(args.torch_threads or torch.get_num_threads())
-        envs = make_envs(args, 1)
-        agent = Agent(envs, args).to("cuda" if args.cuda else "cpu")
-        envs.close()
-        restore(args.evaluate, {"agent": agent})
-        videos = Path(args.run_dir, f"videos/{time.time():.0f}") if args.capture_video else None
-        print(*(f"{name}={value}" for name, value in evaluate(agent, args, videos).items()))
+            args = tyro.cli(Args, default=Args(**restore(folder, {})["args"] | given))
+        train(args)
     except BadInput as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as error:
-        print(f"stopped; files in {args.run_dir}", file=sys.stderr)
-        sys.exit(128 + (error.args or [signal.SIGINT])[0])
+    except (KeyboardInterrupt, SystemExit) as error:
+        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(getattr(error, "code", 130))
     except Exception:
-        print(
-            "failed; gymnasium's check_env finds what is wrong in an environment", file=sys.stderr
-        )
+        print("failed; gymnasium's check_env finds faults of environments", file=sys.stderr)
         raise
-
-
-# <<< shared: records
 
 
 if __name__ == "__main__":
     main()
+# <<< shared: records

@@ -153,13 +153,8 @@ class Actions(Base):
         "unbounded": Box(-np.inf, np.inf, (2,), np.float32),
         "huge": Box(-1e38, 1e38, (1,), np.float32),
         "half": Box(0.25, np.inf, (1,), np.float32),
-        "above": Box(5, np.inf, (1,), np.float32),
-        "below": Box(-np.inf, -5, (1,), np.float32),
         "mixed": Box(np.array([0, -np.inf]), np.array([10, np.inf]), dtype=np.float64),
-        "float16": Box(-4, 4, (1,), np.float16),
         "int": Box(-2, 2, (1,), np.int64),
-        "uint8": Box(0, 255, (1,), np.uint8),
-        "bool": Box(0, 1, (2,), np.bool_),
     }
 
     def pay(self, action: Action) -> float:

@@ -367,7 +367,7 @@ def test_same_seed_same_run(limit: Limit) -> None:
 
 
 def film_lengths(folder: Path) -> list[int]:
-    """Frames of the films by their names: episode-0, episode-10. Encoders may drop a last one."""
+    """Frames of the films by their names. Encoders may drop a last one."""
     lengths = []
     for path in sorted(folder.rglob("*.mp4")):
         film = cv2.VideoCapture(str(path))
@@ -377,11 +377,12 @@ def film_lengths(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("game", "steps", "films"), [(10, 6, [6]), (10, 106, [10, 6]), (2000, 1250, [1000])]
+    ("game", "steps", "films"), [(10, 6, [6]), (10, 106, [106]), (2000, 1250, [1000])]
 )
-def test_a_film_shows_up_to_1000_steps_of_its_game_and_is_written_at_the_latest_by_close(
+def test_a_film_shows_the_last_1000_steps_of_the_first_game(
     game: int, steps: int, films: list[int], limit: Limit, tmp_path: Path
 ) -> None:
+    """From one game on to the next; no more frames are kept. Closing writes it."""
     limit(num_threads=1, max_num_frames_per_episode=4 * game)
     envs, most = ppo_atari.make_envs(ppo_atari.Args(), 1, tmp_path), 0
     envs.reset(seed=1)
@@ -398,7 +399,7 @@ def test_films_of_training_and_evaluation(limit: Limit, monkeypatch: pytest.Monk
     limit(num_threads=1, max_num_frames_per_episode=40)
     folder = Path(ppo_atari.train(tiny(capture_video=True, total_timesteps=32)))
     films = list(folder.glob("videos/*/*.mp4"))
-    assert film_lengths(folder) == pytest.approx([10], abs=1)
+    assert film_lengths(folder) == pytest.approx([16], abs=1)
     films[0].unlink()
     command(monkeypatch, "--evaluate", folder, "--eval-episodes", 1, "--capture-video")
     assert film_lengths(folder) == pytest.approx([10], abs=1)

@@ -62,11 +62,11 @@ def assert_equal(one: object, other: object) -> None:
 
 
 def test_resume_with_more_steps() -> None:
-    """From the folder, and from the file in it; what was there stays as it was."""
+    """Twice; what was there stays as it was."""
     run = Path(ppo.train(tiny(ppo, norm_obs=True, norm_reward=True)))
     before = {name: (run / name).read_text() for name in ("metrics.csv", "episodes.csv")}
-    for path, total in ((run, 1024), (run / "checkpoint.pt", 1536)):
-        run_main(ppo, "--resume", path, "--total-timesteps", total)
+    for total in (1024, 1536):
+        run_main(ppo, "--resume", run, "--total-timesteps", total)
         assert_whole(run, total)
         assert all((run / name).read_text().startswith(text) for name, text in before.items())
     assert json.loads((run / "config.json").read_text())["total_timesteps"] == 1536
@@ -220,13 +220,13 @@ def test_evaluate_repeats_the_summary(
     before = {path: path.read_bytes() for path in run.iterdir()}
     lines = []
     torch.set_num_threads(2)  # as many as the run had is part of "to the digit"
-    for words in ([run], [run / "checkpoint.pt"], [run, "--seed", 7, "--eval-episodes", 5]):
+    for words in ([run], [run, "--seed", 7, "--eval-episodes", 5]):
         run_main(script, "--evaluate", *words)
         lines.append(capsys.readouterr().out.splitlines()[-1])
     assert torch.get_num_threads() == 1
     figures = summary(run)
-    assert lines[0] == lines[1] == " ".join(f"{name}={figures[name]}" for name in FIGURES)
-    assert lines[2].split()[0] != lines[0].split()[0] and lines[2].endswith("eval_episodes=5")
+    assert lines[0] == " ".join(f"{name}={figures[name]}" for name in FIGURES)
+    assert lines[1].split()[0] != lines[0].split()[0] and lines[1].endswith("eval_episodes=5")
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -239,7 +239,8 @@ def test_a_second_checkpoint_can_be_evaluated_and_resumed(
     def iteration_ended(log: ppo.Log, metrics: dict, modules: dict) -> None:
         real(log, metrics, modules)
         if log.state["global_step"] == 256:
-            log.save(modules, "best.pt")
+            (log.folder / "best").mkdir()
+            log.save(modules, "best/checkpoint.pt")
 
     monkeypatch.setattr(ppo.Log, "iteration_ended", iteration_ended)
     figures = []
@@ -247,11 +248,12 @@ def test_a_second_checkpoint_can_be_evaluated_and_resumed(
         settings = {"total_timesteps": total, "learning_rate": 0.02, "anneal_lr": False}
         run = Path(ppo.train(tiny(ppo, eval_episodes=3, **settings)))
         figures.append([summary(run)[name] for name in FIGURES])
-    run_main(ppo, "--evaluate", run / "best.pt")
+    run_main(ppo, "--evaluate", run / "best")
     said = capsys.readouterr().out.splitlines()[-1].split()
     assert [float(word.split("=")[1]) for word in said] == figures[0] != figures[1]
-    run_main(ppo, "--resume", run / "best.pt", "--total-timesteps", 384)
-    assert_whole(run, 384)
+    run_main(ppo, "--resume", run / "best", "--total-timesteps", 384)
+    assert column(run / "best", "global_step") == [320, 384]
+    assert len(metrics(run)) == 8
 
 
 # ---- copies, tracking

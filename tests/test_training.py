@@ -37,9 +37,8 @@ def train(**changes: object) -> str:
 def learn(**changes: object) -> ppo.Agent:
     """The agent of such a run."""
     args = tiny(ppo, **changes)
-    training = ppo.make_envs(args, args.num_envs)
-    agent, _ = ppo.ppo(args, training, Path(args.run_dir))
-    training.close()
+    agent = ppo.Agent(ppo.make_envs(args, 1), args)
+    ppo.restore(Path(ppo.train(args)), {"agent": agent})
     return agent
 
 
@@ -232,16 +231,18 @@ def test_seed_all_seeds_every_global_generator() -> None:
     assert np.diff(sorted(ppo.seed_all(seed, 1) for seed in range(50))).min() > 1000
 
 
-def test_evaluation_leaves_the_agent_and_torch_as_they_were() -> None:
-    agent, args = learn(norm_obs=True), tiny(ppo, norm_obs=True, eval_episodes=2)
-    before = {name: x.clone() for name, x in agent.state_dict().items()}
+def test_evaluation_leaves_the_checkpoint_and_torch_as_they_were() -> None:
+    """So that one between two updates, for a best agent, does not change the training."""
+    args = tiny(ppo, norm_obs=True, eval_episodes=2)
+    folder = Path(ppo.train(args))
+    before = (folder / "checkpoint.pt").read_bytes()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    results = [ppo.evaluate(agent, args) for _ in range(2)]
+    results = [ppo.evaluate(args, folder) for _ in range(2)]
     assert torch.equal(torch.rand(3), expected)
     assert results[0] == results[1]
-    assert all(torch.equal(before[name], x) for name, x in agent.state_dict().items())
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
 def test_evaluation_counts_the_first_episode_of_each_environment(
@@ -249,8 +250,8 @@ def test_evaluation_counts_the_first_episode_of_each_environment(
 ) -> None:
     """Those that end early do not play a second one that counts."""
     monkeypatch.setattr(envs.Counter, "pay", lambda self, action: float(self.episode > 1))
-    settings = {"env_id": "envs:Counter-v0", "eval_episodes": 8}
-    result = ppo.evaluate(learn(**settings), tiny(ppo, **settings))
+    folder = train(env_id="envs:Counter-v0", eval_episodes=8)
+    result = {name: x for name, x in summary(folder).items() if name.startswith("eval")}
     assert result == {"eval_return_mean": 0, "eval_return_std": 0, "eval_episodes": 8}
 
 
@@ -470,8 +471,7 @@ def test_compile_gives_the_same_run(surrogate: str) -> None:
 @pytest.mark.parametrize("way", ["obs", "first", "final", "reward", "infinite", "huge"])
 def test_nan_and_infinity_stop_the_run(way: str) -> None:
     """From step 50 on, in the fourth iteration; what was saved before is usable."""
-    reason = "gradient of the update" if way == "huge" else "NaN or infinite observation or reward"
-    with pytest.raises(FloatingPointError, match=reason):
+    with pytest.raises(FloatingPointError, match="observation, a reward or a gradient is NaN"):
         train(env_id=f"envs:Bad-{way}-v0", run_dir="run")
     assert len(metrics("run")) == 3
     checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
@@ -519,14 +519,9 @@ GETS = {  # ...what the environment gets, in each dimension
     "skewed": [[1, 1, 2, 2.5, 3, 3], [-8, -8, -5, -3.5, -2, -2]],
     "unbounded": [[-3, -1, 0, 0.5, 1, 3]] * 2,
     "huge": [[-3, -1, 0, 0.5, 1, 3]],
-    "half": [[0.25, 0.25, 0.25, 0.75, 1.25, 3.25]],
-    "above": [[5, 5, 5, 5.5, 6, 8]],
-    "below": [[-8, -6, -5, -5, -5, -5]],
+    "half": [[0.25, 0.25, 0.25, 0.5, 1, 3]],
     "mixed": [[0, 0, 5, 7.5, 10, 10], [-3, -1, 0, 0.5, 1, 3]],
-    "float16": [[-4, -4, 0, 2, 4, 4]],
     "int": [[-2, -2, 0, 1, 2, 2]],
-    "uint8": [[0, 0, 128, 191, 255, 255]],
-    "bool": [[False, False, False, True, True, True]] * 2,
 }
 
 
@@ -534,7 +529,7 @@ GETS = {  # ...what the environment gets, in each dimension
 def test_actions_are_stretched_and_clipped_to_their_bounds(
     box: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """-1 and 1 are the bounds; without bounds actions are around 0, or what is nearest to it."""
+    """-1 and 1 are the bounds; without bounds actions are as the policy says, or clipped."""
     space, seen = envs.Actions.boxes[box], []
     monkeypatch.setattr(envs.Actions, "seen", seen)
     args = tiny(ppo_continuous, env_id=f"envs:Actions-{box}-v0")
@@ -546,8 +541,7 @@ def test_actions_are_stretched_and_clipped_to_their_bounds(
     assert np.array_equal(given, actions)  # the policy learns from what it said
     assert all(x.dtype == space.dtype and x.shape == space.shape and x in space for x in seen)
     got = np.array(seen, np.float64).reshape(len(POLICY), -1)
-    tolerance = 1e-3 if box == "float16" else 1e-6
-    np.testing.assert_allclose(got, np.array(GETS[box], np.float64).T, rtol=tolerance)
+    np.testing.assert_allclose(got, np.array(GETS[box]).T, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -615,10 +609,8 @@ def test_files_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"eval_return_mean={kept['eval_return_mean']}" in capsys.readouterr().out
     checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     assert checkpoint["args"] == asdict(args)
-    agent = ppo.Agent(ppo.make_envs(args, 1), args)
-    agent.load_state_dict(checkpoint["agent"])
     evaluation = {name: kept[name] for name in kept if name.startswith("eval")}
-    assert ppo.evaluate(agent, args) == evaluation
+    assert ppo.evaluate(args, folder) == evaluation
 
 
 def test_episodes_csv_holds_the_true_returns() -> None:

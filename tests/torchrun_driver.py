@@ -76,11 +76,12 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
     """
     script = importlib.import_module(name)
     batches, betas, sizes, made = [], [], [], {}
-    real_advantages, real_loss, real_ppo = script.add_advantages, script.ppo_loss, script.ppo
+    real_advantages, real_loss = script.add_advantages, script.ppo_loss
     real_statistics, real_reduce = script.RunningMeanStd, torch.distributed.all_reduce
     Numbered.built = steps = 0
 
     def add_advantages(agent: Any, args: Any, batch: dict[str, Tensor]) -> None:
+        made["agent"], made["threads"] = agent, group_threads()
         batches.append({k: batch[k].clone() for k in ("obs", "actions")})
         real_advantages(agent, args, batch)
 
@@ -96,12 +97,6 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
         sizes.append(x.numel())
         real_reduce(x)
 
-    def ppo(*args: Any) -> tuple:
-        agent, log = real_ppo(*args)
-        made["agent"] = agent
-        made["threads"] = group_threads()
-        return agent, log
-
     def prescribed(dist: Tensor) -> Tensor:
         nonlocal steps
         steps += 1
@@ -110,7 +105,7 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
             return (steps * (1 + numbers) // 3) % 2
         return (steps * (1 + numbers)).float().sin().unsqueeze(1)
 
-    patches = {"add_advantages": add_advantages, "ppo_loss": ppo_loss, "ppo": ppo}
+    patches = {"add_advantages": add_advantages, "ppo_loss": ppo_loss}
     patches |= {"RunningMeanStd": statistics}
     if "Numbered" in flags["env_id"]:
         patches["sample"] = prescribed
