@@ -13,7 +13,7 @@ that actor and critic share, a lost life as the end of the bootstrap, the number
 From the paper: a constant clip range, 4 epochs, clipped values.
 
 "(critical)" marks a line whose omission is a classic bug. What stands between ">>> shared" and
-"<<< shared" is the same in all three scripts.
+"<<< shared" is the same in ppo.py, ppo_continuous.py and ppo_atari.py.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 [Nature] Mnih et al. 2015, "Human-level control through deep reinforcement learning".
@@ -90,10 +90,10 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     """Build games that step together in C++; a film of the first goes into the folder `videos`.
 
     Observations (N, 4, 84, 84), uint8: the last four frames. A step repeats its action for 4
-    frames; a game starts with up to 30 no-ops and FIRE. SAME_STEP autoreset: the step that ends
+    frames; a game starts with up to 30 no-ops and FIRE. SameStep autoreset: the step that ends
     a game returns the first observation of the next.
     """
-    with closed_on_error([], f"--env-id {args.env_id}"):
+    with on_error(refuse=f"--env-id {args.env_id}"):
         settings = gym.spec(args.env_id.removeprefix("ale_py:")).kwargs
         if "game" not in settings or args.norm_obs:
             raise TypeError("it needs an Atari game, and no --norm-obs")
@@ -228,7 +228,7 @@ class RunningMeanStd(nn.Module):
         x = x.double()
         mean = all_mean(x.mean(dim=0))
         var = all_mean(((x - mean) ** 2).mean(dim=0))
-        share = len(x) / (self.count + len(x))  # of the new rows in all rows
+        share = len(x) / (self.count + len(x))  # of the new rows, in all processes
         self.var += share * (var - self.var) + share * (1 - share) * (mean - self.mean) ** 2
         self.mean += share * (mean - self.mean)
         self.count += len(x)
@@ -245,8 +245,8 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation ([GAE] eq. 16, [PPO] eq. 11-12): (advantages, returns).
 
-    All (T, N). next_values[t] = V(s_{t+1}), of the episode of s_t. terminations: s_{t+1} is
-    terminal. dones: the episode ends there, by termination or by truncation (a time limit).
+    All (T, N). next_values[t] = V(s_{t+1}), before any reset. terminations: s_{t+1} is terminal.
+    dones: the episode ends there, by termination or by truncation (a time limit).
     """
     # delta_t = r_t + gamma * V(s_{t+1}) * (1 - termination_t) - V(s_t)
     # (critical: after a time limit s_{t+1} has a value, so terminations count, not dones)
@@ -269,7 +269,7 @@ def add_advantages(agent: Agent, args: Args, batch: Rows) -> None:
     # V(s_{t+1}) is the value of the row below, except where an episode or the batch ends
     next_values = values.roll(-1, dims=0)
     last = dones.bool()
-    last[-1] = True
+    last[-1] = True  # here roll put the first row
     next_values[last] = agent.get_value(agent.features({"obs": batch["next_obs"][last]}))
     batch["values"] = values
     batch["advantages"], batch["returns"] = compute_gae(
@@ -277,7 +277,7 @@ def add_advantages(agent: Agent, args: Args, batch: Rows) -> None:
     )
 
 
-def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tensor, Rows]:
+def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tensor, dict]:
     """PPO's objective on M rows, as a loss to minimize ([PPO] eq. 6-9), and statistics.
 
     mb: "obs", "actions", the old policy's "dist", (M, ...) each, "logprobs", "values",
@@ -292,28 +292,28 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
     # r = pi_new(a|s) / pi_old(a|s): importance weights, as the actions are the old policy's
     logratio = log_prob(dist, mb["actions"]) - mb["logprobs"]
     ratio = logratio.exp()
-    surrogate, clipped, stats = ratio * advantages, torch.zeros_like(ratio), {}
+    objective, clipped, stats = ratio * advantages, torch.zeros_like(ratio), {}
     if args.surrogate == "clip":
         # L_CLIP = E[min(r * A, clip(r, 1 - eps, 1 + eps) * A)]: nothing to gain from r > 1 + eps
         # if A > 0, from r < 1 - eps if A < 0; where r went the wrong way, the way back is open:
-        # A = -2, r = 1.5, min(-3, -2.4) = -3 has a gradient.
+        # A = -2, r = 1.5, eps = 0.2: min(-3, -2.4) = -3 has a gradient.
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        surrogate = torch.min(surrogate, clipped_ratio * advantages)
+        objective = torch.min(objective, clipped_ratio * advantages)
         clipped = ((ratio - 1).abs() > args.clip_coef).float()
     elif args.surrogate in ("kl-fixed", "kl-adaptive"):
         # L_KLPEN = E[r * A - beta * KL[old || new]], exact, not estimated from samples
         stats = {"kl": kl_divergence(mb["dist"], dist).mean(), "kl_coef": kl_coef}
     elif args.surrogate != "none":
         raise ValueError(f"unknown surrogate {args.surrogate}")
-    policy_loss = -surrogate.mean()
-    # L_VF = 1/2 * E[(V - return)^2]; clipped: the larger one of that and
+    policy_loss = -objective.mean()
+    # L_VF = 1/2 * E[(V - return)^2]; clipped: in each row the larger one of this square and
     # (V_old + clip(V - V_old, -eps, eps) - return)^2
     value_error = (values - mb["returns"]) ** 2
     if args.clip_vloss:
         change = (values - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
         value_error = torch.max(value_error, (mb["values"] + change - mb["returns"]) ** 2)
     value_loss = 0.5 * value_error.mean()
-    # loss = -L_CLIP + vf_coef * L_VF - ent_coef * H + beta * KL: minus what is maximized
+    # loss = -L_CLIP (or -L_KLPEN) + vf_coef * L_VF - ent_coef * H
     mean_entropy = entropy(dist).mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * mean_entropy
     if "kl" in stats:
@@ -325,27 +325,27 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         # KL[old || new] estimated from samples (http://joschu.net/blog/kl-approx.html)
         "approx_kl": ((ratio - 1) - logratio).mean(),  # k3: never negative, little noise
         "old_approx_kl": -logratio.mean(),  # k1: noisier; both are unbiased
-        "clipfrac": clipped.mean(),  # share of the ratios that "clip" clips
+        "clipfrac": clipped.mean(),  # share of the ratios outside 1 +- eps
     }
     return loss, {name: x.detach() for name, x in stats.items()}
 
 
 def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
-    """Train an agent. T steps in each of N environments are a batch, M rows a minibatch."""
+    """Train an agent. A batch is T steps of each of N environments, a minibatch M rows."""
     T, N, batch_size = args.num_steps, envs.num_envs, args.num_steps * args.num_envs
     M = T * N // args.num_minibatches  # N and M: of this process, batch_size: of all
     rank = int(os.environ.get("RANK", 0))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
-    seed_all(args.seed, 0)
+    seed_all(args.seed, 0)  # without the rank: the same weights in all processes
     agent = Agent(envs, args).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    learning_rates = [group["lr"] for group in optimizer.param_groups]  # before a restore
     reward_stats = RunningMeanStd().to(device)
     loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
     if N < args.num_envs:  # torchrun's processes share the environments
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
-    # All that --resume needs: what has a state_dict, and plain numbers
+    # All that --resume needs: what has a state_dict, and plain data (beta = kl_coef * kl_scale)
     modules = {"agent": agent, "optimizer": optimizer, "reward_stats": reward_stats}
     state = {"global_step": 0, "kl_scale": 1.0, "wall_time": 0.0, "episodes": []}
     state |= {"columns": {}, "files": {"metrics.csv": 0, "episodes.csv": 0}}
@@ -354,14 +354,14 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     # A resumed run is not the uncut one: episodes begin anew, with other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
+    # Cut first episodes differently, or each batch would hold one stage of all episodes
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
-        if limit := env.spec.max_episode_steps:  # environments in step would fill each batch
-            # with one stage of their episodes: time limits cut the first ones differently
+        if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
-    past_sum = torch.zeros(N, device=device)  # of the rewards of the episodes under way
+    past_sum = torch.zeros(N, device=device)  # for --norm-reward: of this episode
     log = Log(args, folder, state) if rank == 0 else None
     if args.norm_obs and agent.obs_stats.count == 0:
-        for _ in range(T):  # uncounted steps: the statistics need a scale before the first update
+        for _ in range(T):  # uncounted steps give the statistics a scale
             dist = agent.get_dist(agent.features({"obs": next_obs})).detach()
             next_obs = torch.tensor(envs.step(sample(dist).cpu().numpy())[0], device=device)
             agent.obs_stats.update(next_obs)
@@ -370,12 +370,12 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         progress = state["global_step"] / args.total_timesteps if args.anneal_lr else 0.0
         fraction = 1 - progress * (1 - args.final_lr_fraction)
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = float(fraction * rate)
+            group["lr"] = float(fraction * rate)  # numpy's would not load
 
         # ---- Phase 2: rollout: the policy acts, and every transition is kept
         steps = []
-        signals = np.zeros((3, T, N), dtype=np.float32)
-        rewards, terminations, dones = signals
+        numbers = np.zeros((3, T, N), dtype=np.float32)
+        rewards, terminations, dones = numbers  # views
         with torch.no_grad():
             for t in range(T):
                 step = {"obs": next_obs}
@@ -383,9 +383,9 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 step["actions"] = sample(step["dist"])
                 actions = step["actions"].cpu().numpy()
                 next_obs, rewards[t], terminations[t], truncated, infos = envs.step(actions)
-                next_obs = torch.tensor(next_obs, device=device)  # copies what may be reused
+                next_obs = torch.tensor(next_obs, device=device)
                 dones[t] = np.maximum(terminations[t], truncated)
-                step["next_obs"] = next_obs.clone()  # s_{t+1}, where no other episode has begun
+                step["next_obs"] = next_obs.clone()  # s_{t+1}; before a reset:
                 for i in np.flatnonzero(dones[t]):
                     step["next_obs"][i] = torch.as_tensor(infos["final_obs"][i])
                 steps.append(step)
@@ -393,23 +393,23 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 if log and "episode" in infos:
                     log.episodes_ended(infos)
         # (T, N, ...) each. Values and log-probabilities follow for all rows at once
-        batch = {name: torch.stack([step[name] for step in steps]) for name in step}
-        batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(signals).to(device)
+        batch = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(numbers).to(device)
         if args.norm_reward:  # divide by the std of the discounted sums of past rewards
             past_sums = torch.zeros_like(batch["rewards"])
             for t in range(T):
                 past_sums[t] = past_sum = batch["rewards"][t] + args.gamma * past_sum
                 past_sum = past_sum * (1 - batch["dones"][t])  # an episode starts from 0
             reward_stats.update(past_sums.flatten())
-            batch["rewards"] = (batch["rewards"] / (reward_stats.var + 1e-8).sqrt()).float()
+            batch["rewards"] /= (reward_stats.var + 1e-8).sqrt()
 
         # ---- Phase 3: advantages: how much better was an action than the policy's average?
         add_advantages(agent, args, batch)
-        # Explained variance: the share of the returns' variance that the critic foresaw
-        unexplained = (batch["advantages"].var() / batch["returns"].var()).item()
+        # The share of the returns' variance that the critic foresaw: A = return - V
+        explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
+        kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)  # compiles once
         all_stats = []
         for epoch in range(args.update_epochs):
             if args.recompute_advantages and epoch > 0:
@@ -422,19 +422,19 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 loss, stats = loss_function(agent, args, mb, kl_coef)
                 optimizer.zero_grad()
                 loss.backward()
-                if N < args.num_envs:  # one collective for all gradients
+                if torch.distributed.is_initialized():  # one collective for all gradients
                     gradients = [parameter.grad for parameter in parameters]
                     averages = all_mean(nn.utils.parameters_to_vector(gradients))
-                    nn.utils.vector_to_parameters(averages, gradients)
+                    nn.utils.vector_to_parameters(averages, gradients)  # in place
                 stats["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 all_stats.append(stats)
             if args.target_kl is not None:
-                # Each KL was taken before its own step: the last step's effect is not in
+                # Each KL was taken before its own step: what the last one did is not in them
                 kls = [stats["approx_kl"] for stats in all_stats[-args.num_minibatches :]]
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
-        if args.surrogate == "kl-adaptive":  # [PPO] section 4
+        if args.surrogate == "kl-adaptive":  # [PPO] section 4; flat is the whole batch
             dist = agent.get_dist(agent.features(flat)).detach()
             kl = all_mean(kl_divergence(flat["dist"], dist).mean())
             if kl < args.kl_target / 1.5:
@@ -446,15 +446,15 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
 
         # ---- Phase 5: record, and throw the batch away: its policy is gone
         metrics = {"charts/learning_rate": fraction * args.learning_rate}
-        metrics["losses/explained_variance"] = 1 - unexplained
-        for name in stats:  # means over all minibatches
+        metrics["losses/explained_variance"] = explained
+        for name in all_stats[0]:  # means over all minibatches
             mean = torch.stack([stats[name] for stats in all_stats]).mean()
             metrics[f"losses/{name}"] = mean.item()
         if not math.isfinite(metrics["losses/grad_norm"]):
-            raise FloatingPointError("an observation, a reward or a gradient is NaN or infinite")
+            raise FloatingPointError("an observation, reward or gradient is NaN or infinite")
         if log:
             log.iteration_ended(metrics, modules)
-    if N < args.num_envs:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if log:
         log.save(modules)
@@ -470,43 +470,43 @@ class BadInput(ValueError):
 
 
 @contextlib.contextmanager
-def closed_on_error(envs: list[Any], refusal: str = "") -> Any:
-    """Close `envs` after an error, which an error in closing never hides."""
+def on_error(close: Any = (), refuse: str = "") -> Any:
+    """After an error: close environments (errors in that are dropped), make it a BadInput."""
     try:
         yield
     except BaseException as error:
-        for env in envs:
+        for env in close:
             with contextlib.suppress(Exception):
                 env.close()
-        if refusal and isinstance(error, Exception):
-            raise BadInput(f"{refusal}: {type(error).__name__}: {error}") from error
+        if refuse and isinstance(error, Exception):
+            raise BadInput(f"{refuse}: {type(error).__name__}: {error}") from error
         raise
 
 
 def seed_all(*numbers: int) -> int:
-    """Seed all global generators, anew for each purpose; returns a seed for environments."""
+    """Seed all global generators, for each purpose anew; returns a seed for environments."""
     seed, env_seed = np.random.SeedSequence(numbers).generate_state(2).tolist()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return env_seed % 2**30
+    return env_seed % 2**30  # room for + i
 
 
 def train(args: Args) -> str:
     """Train and evaluate; returns the run folder. BadInput: it cannot be run as asked."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
     name = args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-")
-    folder = Path(args.evaluate or args.resume or name).absolute()  # environments may chdir
+    folder = Path(args.evaluate or args.resume or name).absolute()  # they may chdir
     check(args, folder)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    videos = folder / f"videos/{time.time():.0f}" if args.capture_video and rank == 0 else None
+    films = args.capture_video and os.environ.get("RANK", "0") == "0"
+    videos = folder / f"videos/{time.time():.0f}" if films else None
     if args.evaluate:
         print(*(f"{name}={value}" for name, value in evaluate(args, folder, videos).items()))
         return str(folder)
-    envs = make_envs(args, args.num_envs // processes, videos)
-    with closed_on_error([envs]):
+    envs = make_envs(args, args.num_envs // int(os.environ.get("WORLD_SIZE", 1)), videos)
+    with on_error(close=[envs]):
         log = ppo(args, envs, folder)
         envs.close()
     if log and args.eval_episodes > 0:
@@ -516,13 +516,13 @@ def train(args: Args) -> str:
 
 @torch.no_grad()
 def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict[str, Any]:
-    """Play an episode in each of --eval-episodes environments, of 27,000 steps at most."""
+    """Play an episode in each of --eval-episodes environments, 27,000 steps at most."""
     device, returns = "cuda" if args.cuda else "cpu", np.full(args.eval_episodes, np.nan)
     envs = make_envs(args, args.eval_episodes, videos)
-    with closed_on_error([envs]), torch.random.fork_rng():
+    with on_error(close=[envs]), torch.random.fork_rng():  # training may go on
         agent = Agent(envs, args).to(device)
         restore(folder, {"agent": agent})
-        obs, rewards = envs.reset(seed=seed_all(args.seed, 2))[0], np.zeros(1)
+        obs, rewards = envs.reset(seed=seed_all(args.seed, 2))[0], 0.0
         for step in range(1, 27_001):
             if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
                 raise FloatingPointError("the evaluation has a NaN or infinite number")
@@ -543,7 +543,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
 
 
 class Log:
-    """Files and wandb of a run; `state` is what --resume needs, kept up to date here."""
+    """Files and wandb of a run; `state`, shared with `ppo`, is what --resume needs."""
 
     def __init__(self, args: Args, folder: Path, state: dict[str, Any]) -> None:
         self.args, self.folder, self.state, self.wandb = args, folder, state, None
@@ -551,14 +551,14 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(vars(args), indent=2, default=float))
         (folder / "script.py").write_bytes(Path(__file__).read_bytes())
-        for name, size in state["files"].items():  # rows after the checkpoint come again
+        for name, size in state["files"].items():  # later rows are trained again
             with open(folder / name, "ab") as file:
                 file.truncate(min(size, file.tell()))
         if args.track:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            names |= {"name": folder.name, "id": state.setdefault("id", os.urandom(8).hex())}
+            names |= {"name": folder.name, "id": state.setdefault("id", os.urandom(4).hex())}
             self.wandb = wandb.init(**names, dir=folder, config=vars(args), resume="allow")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"{args.env_id}, seed {args.seed}, files in {folder}", flush=True)
@@ -571,7 +571,7 @@ class Log:
             self.state["episodes"] = [*self.state["episodes"][-99:], (r, length)]
 
     def iteration_ended(self, metrics: dict[str, float], modules: dict[str, Any]) -> None:
-        """Write a row; print it and save, so often that saving takes 1% of the time."""
+        """Write a row; print and save every 2 s, or less often: it takes 1% of the time."""
         state, now = self.state, time.monotonic()
         state["wall_time"] = round(now - self.start, 3)
         state["SPS"] = round(state["global_step"] / max(now - self.start, 1e-9))
@@ -587,7 +587,7 @@ class Log:
             print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
-            except OSError as error:  # the last save raises it
+            except OSError as error:  # try later; the save at the end raises
                 print(f"{self.folder}/checkpoint.pt comes later: {error}", file=sys.stderr)
             self.next_save = now + max(2, 100 * (time.monotonic() - now))
 
@@ -600,17 +600,17 @@ class Log:
                     print(*row, sep=",", file=file)
                 print(*row.values(), sep=",", file=file)
                 self.state["files"][name] = file.tell()
-        except OSError as error:  # a full disk's does not name the file
+        except OSError as error:  # that of a full disk does not name the file
             raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
 
-    def save(self, modules: dict[str, Any], name: str = "checkpoint.pt") -> None:
+    def save(self, modules: dict[str, Any]) -> None:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
         plain = {"state": self.state, "args": vars(self.args)}  # numpy's numbers become Python's
         checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))
-        with open(self.folder / f"{name}.tmp", "wb") as file:
+        with open(self.folder / "checkpoint.pt.tmp", "wb") as file:
             torch.save(checkpoint, file)
             os.fsync(file.fileno())
-        os.replace(file.name, self.folder / name)  # whole or not at all
+        os.replace(file.name, self.folder / "checkpoint.pt")  # whole or not at all
 
     def summarize(self, evaluation: dict[str, Any]) -> None:
         names = ("global_step", "wall_time", "SPS", "train_return_last100")
@@ -622,14 +622,14 @@ class Log:
 
 
 def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
-    """Load the modules' states; returns the checkpoint. weights_only: it can run no code."""
+    """Load the modules' states; returns the checkpoint. weights_only: it runs no code."""
     try:
         checkpoint = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])
+        Args(**checkpoint["args"])  # raises for another script's
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:
-        reason = str(error).partition(" This file can still")[0]  # torch's bad advice
+        reason = str(error).partition(" This file can still")[0]  # unsafe advice
         raise BadInput(f"--resume/--evaluate {folder}: no fitting checkpoint: {reason}") from error
     return checkpoint
 
@@ -645,13 +645,13 @@ def check(args: Args, folder: Path) -> None:
     for name in (*counts, "learning_rate", "clip_coef", "max_grad_norm", "kl_coef", "kl_target"):
         require(name, 0 < getattr(args, name) < math.inf, "must be finite and above 0")
     for name in ("seed", "vf_coef", "ent_coef", "eval_episodes", "torch_threads"):
-        require(name, 0 <= getattr(args, name) < math.inf, "must be finite and not negative")
+        require(name, 0 <= getattr(args, name) < math.inf, "must be finite, at least 0")
     for name in ("gamma", "gae_lambda", "final_lr_fraction"):
         require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1")
     processes, batch = int(os.environ.get("WORLD_SIZE", 1)), args.num_envs * args.num_steps
     rows = batch / processes / args.num_minibatches
     require("num_envs", args.num_envs % processes == 0, f"must divide by {processes} processes")
-    require("num_minibatches", rows % 1 == 0 and rows > 1, f"of {rows:g} rows (batch: {batch})")
+    require("num_minibatches", rows % 1 == 0 and rows > 1, f"leaves {rows:g} rows in each")
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -661,11 +661,11 @@ def check(args: Args, folder: Path) -> None:
 
 def main() -> None:
     """The command line. Bad input: one line, exit code 2. Ctrl-C: one line, 130."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # closes environments on its way
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which closes environments
     args = tyro.cli(Args)
     try:
-        if folder := args.evaluate or args.resume:  # the run's own arguments are the defaults
-            given = {"resume": args.resume, "evaluate": args.evaluate}
+        if folder := args.evaluate or args.resume:  # its arguments are the defaults
+            given = {"resume": args.resume, "evaluate": args.evaluate}  # not its own
             args = tyro.cli(Args, default=Args(**restore(folder, {})["args"] | given))
         train(args)
     except BadInput as error:
@@ -675,7 +675,7 @@ def main() -> None:
         print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(getattr(error, "code", 130))
     except Exception:
-        print("failed; gymnasium's check_env finds faults of environments", file=sys.stderr)
+        print("failed; gymnasium's check_env finds an environment's faults", file=sys.stderr)
         raise
 
 

@@ -1,5 +1,6 @@
 """ppo_atari.py with the real emulator: lives, whole games, frame limits, frames, seeds, runs."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -286,13 +287,15 @@ def test_evaluation_of_a_game_that_stands_still_is_cut_at_27_000_steps(
     limit: Limit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Breakout does after a lost life, where nobody presses FIRE again."""
-    built, steps = limit(num_threads=1), spy(monkeypatch, ppo_atari.GameStatistics, "step")
-    args = tiny(env_id="BreakoutNoFrameskip-v4", eval_episodes=1)
-    agent = ppo_atari.Agent(make(), args)
-    monkeypatch.setattr(agent, "features", lambda rows: torch.zeros(1, 512))
+    limit(num_threads=1)
+    args = tiny(env_id="BreakoutNoFrameskip-v4", eval_episodes=1, total_timesteps=32)
+    folder = Path(ppo_atari.train(dataclasses.replace(args, eval_episodes=0)))
+    steps = spy(monkeypatch, ppo_atari.GameStatistics, "step")
+    zeros = torch.zeros(1, 512)
+    monkeypatch.setattr(ppo_atari.Agent, "features", lambda agent, rows: zeros)
     monkeypatch.setattr(ppo_atari, "evaluation_action", lambda dist: torch.tensor([0]))  # no-op
-    result = ppo_atari.evaluate(agent, args)
-    assert len(steps) == 27_000 == built[1]["max_num_frames_per_episode"] / 4
+    result = ppo_atari.evaluate(args, folder)
+    assert len(steps) == 27_000
     assert result == {"eval_return_mean": 0.0, "eval_return_std": 0.0, "eval_episodes": 1}
 
 

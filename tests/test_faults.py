@@ -269,11 +269,10 @@ def test_an_evaluation_that_does_not_end_is_cut_and_says_how_far_it_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = tiny(ppo, env_id="faulty:endless-v0", eval_episodes=2)
-    results = ppo.evaluate(args, Path(ppo.train(args)))
+    results = summary(ppo.train(args))
     assert results["eval_episodes"] == 2 and 0 < results["eval_return_mean"] <= 27_000
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 26
-    assert all("evaluation" in line and "2 episodes" in line for line in lines)
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("evaluation")]
+    assert len(lines) >= 26 and all("2 episodes" in line for line in lines)
 
 
 # ---- signals

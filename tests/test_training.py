@@ -471,7 +471,7 @@ def test_compile_gives_the_same_run(surrogate: str) -> None:
 @pytest.mark.parametrize("way", ["obs", "first", "final", "reward", "infinite", "huge"])
 def test_nan_and_infinity_stop_the_run(way: str) -> None:
     """From step 50 on, in the fourth iteration; what was saved before is usable."""
-    with pytest.raises(FloatingPointError, match="observation, a reward or a gradient is NaN"):
+    with pytest.raises(FloatingPointError, match="observation, reward or gradient is NaN"):
         train(env_id=f"envs:Bad-{way}-v0", run_dir="run")
     assert len(metrics("run")) == 3
     checkpoint = torch.load("run/checkpoint.pt", weights_only=True)

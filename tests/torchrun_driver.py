@@ -90,8 +90,8 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
         return real_loss(agent, args, mb, kl_coef)
 
     def statistics(*args: Any) -> torch.nn.Module:
-        made["reward_stats"] = real_statistics(*args)  # the last one is that of rewards
-        return made["reward_stats"]
+        stats = real_statistics(*args)
+        return stats if args else made.setdefault("reward_stats", stats)  # of numbers
 
     def all_reduce(x: Tensor) -> None:
         sizes.append(x.numel())
