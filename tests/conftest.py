@@ -31,6 +31,10 @@ SPACES = {  # observations and actions of the agents under test
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--script", default=str(FOLDER / "ppo.py"), help="what conformance.py checks")
+
+
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
     torch.set_num_threads(1)

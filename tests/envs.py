@@ -202,6 +202,48 @@ class Bad(Base):
         return False, self.steps == 10
 
 
+class Cue(gym.Env):
+    """A sign at the first step, five blank ones, and then the question which sign it was."""
+
+    observation_space = Box(-1, 1, (2,), np.float32)
+    action_space = Discrete(2)
+
+    def observe(self) -> np.ndarray:
+        return np.array([self.cue if self.steps == 0 else 0, self.steps == 6], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
+        super().reset(seed=seed)
+        self.steps, self.cue = 0, self.np_random.choice([-1, 1])
+        return self.observe(), {}
+
+    def step(self, action: int) -> Step:
+        right = self.steps == 6 and (action == 1) == (self.cue == 1)
+        self.steps += 1
+        return self.observe(), float(right), self.steps == 7, False, {}
+
+
+class Locks(gym.Env):
+    """Pays the share of right choices, of 3, 2 and 5, which are counted from 1, 0 and -2."""
+
+    observation_space = Box(0, 1, (10,), np.float32)
+    action_space = gym.spaces.MultiDiscrete([3, 2, 5], start=[1, 0, -2])
+
+    def observe(self) -> np.ndarray:
+        self.right = self.np_random.integers(self.action_space.nvec)
+        obs = np.zeros(10, np.float32)
+        obs[self.right + [0, 3, 5]] = 1
+        return obs
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
+        super().reset(seed=seed)
+        return self.observe(), {}
+
+    def step(self, action: np.ndarray) -> Step:
+        assert self.action_space.contains(action)
+        share = (action - self.action_space.start == self.right).mean()
+        return self.observe(), float(share), False, False, {}
+
+
 class Plain(gym.Env):
     """An environment as a beginner writes it: no render_mode, no seeding, whatever types."""
 
@@ -245,3 +287,5 @@ for box, space in Actions.boxes.items():
 register("Line", Place, limit=20)
 register("Northing", Place, limit=20, offset=4_500_000.0)
 register("Plain", Plain, limit=10)
+register("Cue", Cue)
+register("Locks", Locks, limit=20)

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, spy
+from helpers import ROOT, TINY, column, metrics, read_csv, spy
 
 import ppo
 
@@ -73,13 +74,64 @@ def score(module: ModuleType, **settings: object) -> float:
 def test_each_applies_and_runs(path: Path) -> None:
     module = patched(path.stem)
     env_id = {"ppo": "CartPole-v1", "ppo_continuous": "Pendulum-v1"}[module.Args().exp_name]
-    if path.stem == "action_mask":
-        env_id = "masked:Masked-v0"
-    if path.stem == "intrinsic_reward":
-        env_id = "Corridor-v0"
-    folder = trained(module, **TINY | {"env_id": env_id, "total_timesteps": 128})
-    module.train(module.Args(**TINY | {"env_id": env_id, "resume": str(folder)}))
+    own = {"action_mask": "masked:Masked-v0", "intrinsic_reward": "Corridor-v0"}
+    own["multidiscrete"] = "envs:Locks-v0"
+    settings = TINY | {"env_id": own.get(path.stem, env_id), "eval_episodes": 2}
+    folder = trained(module, **settings | {"total_timesteps": 128})
+    args = module.Args(**settings | {"resume": str(folder)})
+    module.train(args)
     assert (folder / "metrics.csv").read_text().splitlines()[-1].startswith("512,")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert module.evaluate(args, folder).items() <= summary.items()
+
+
+@pytest.mark.parametrize("name", ["recurrent", "auxiliary", "multidiscrete", "tanh_squashed"])
+def test_the_first_update_sees_the_policy_that_acted(name: str) -> None:
+    """Its memory, its features and its actions: each ratio is 1, the exact KL is 0."""
+    module = patched(name)
+    own = {"multidiscrete": "envs:Locks-v0", "tanh_squashed": "Pendulum-v1"}
+    sizes = TINY | {"update_epochs": 1, "num_minibatches": 1, "surrogate": "kl-fixed"}
+    folder = trained(module, **sizes | {"env_id": own.get(name, "CartPole-v1")})
+    for name in ("losses/approx_kl", "losses/old_approx_kl", "losses/kl"):
+        np.testing.assert_allclose(column(folder, name), np.zeros(8), atol=1e-6)
+
+
+def test_a_multiplier_follows_the_kl_by_gradient_ascent() -> None:
+    """beta + kl_lr * (KL - d), never below 0."""
+    module = patched("lagrangian")
+    settings = TINY | {"env_id": "Pendulum-v1", "surrogate": "kl-adaptive", "kl_lr": 100.0}
+    folder = trained(module, **settings, kl_target=0.001, kl_coef=0.02, learning_rate=1e-3)
+    betas = np.array(column(folder, "losses/kl_coef"))
+    assert betas[0] == pytest.approx(0.02) and betas.min() >= 0 and len(set(betas)) > 4
+    assert np.diff(betas).min() > -100 * 0.001 - 1e-6  # the step of a KL of 0
+
+
+def test_squashed_actions_never_reach_beyond_the_bounds() -> None:
+    module = patched("tanh_squashed")
+    with closing(module.make_envs(module.Args(env_id="Pendulum-v1"), 3)) as envs:
+        (scale,) = (x for x in wrappers(envs) if isinstance(x, module.ScaleAction))
+        actions = scale.actions(np.array([[-1e3], [0], [0.5]]))
+    np.testing.assert_allclose(actions, [[-2], [0], [2 * np.tanh(0.5)]], rtol=1e-6)
+
+
+def wrappers(envs: gym.vector.VectorEnv) -> list[gym.vector.VectorEnv]:
+    return [envs, *(wrappers(envs.env) if hasattr(envs, "env") else [])]
+
+
+def test_the_best_agent_is_kept_and_survives_a_resume() -> None:
+    module = patched("best_agent")
+    settings = TINY | {"env_id": "CartPole-v1", "eval_episodes": 3, "eval_every": 2}
+    folder = trained(module, **settings | {"total_timesteps": 256})
+    module.train(module.Args(**settings | {"resume": str(folder)}))
+    rows = read_csv(folder / "evaluations.csv")
+    assert [row["global_step"] for row in rows] == ["128", "256", "384", "512"]
+    best = max(float(row["mean"]) for row in rows)
+    args = module.Args(**settings)
+    assert module.evaluate(args, folder / "best")["eval_return_mean"] == best
+    assert module.restore(folder / "best", {})["state"]["best"] == best
+    # Its evaluations change nothing in the training
+    plain = TINY | {"env_id": "CartPole-v1", "run_dir": "plain", "total_timesteps": 256}
+    assert metrics(ppo.train(ppo.Args(**plain))) == metrics(folder)[:4]
 
 
 def test_all_of_one_script_apply_together() -> None:
@@ -156,6 +208,24 @@ def test_the_noise_depends_on_the_state_and_has_a_floor_that_is_no_dead_end() ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip_schedule", "critic_learning_rate"])
 def test_schedules_still_learn_cartpole(name: str) -> None:
+    assert score(patched(name), total_timesteps=100_000) > 400
+
+
+@pytest.mark.slow
+def test_a_memory_remembers_what_is_no_longer_seen() -> None:
+    """Whoever has none guesses, 0.5 on average."""
+    assert score(patched("recurrent"), env_id="envs:Cue-v0", total_timesteps=40_000) == 1
+
+
+@pytest.mark.slow
+def test_several_choices_are_learned_at_once() -> None:
+    """Of 20; guessing is right in 6.9."""
+    assert score(patched("multidiscrete"), env_id="envs:Locks-v0", total_timesteps=60_000) > 19
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["auxiliary", "shared_trunk", "best_agent"])
+def test_other_networks_still_learn_cartpole(name: str) -> None:
     assert score(patched(name), total_timesteps=100_000) > 400
 
 
