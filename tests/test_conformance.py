@@ -1,0 +1,45 @@
+"""conformance.py passes on the scripts and on modifications, and fails on a bug."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+TESTS = Path(__file__).parent
+
+
+def failures(folder: Path, patch: str = "", script: str = "ppo") -> set[str]:
+    """The checks that fail on a copy of the script with the patch."""
+    shutil.copy(ROOT / f"{script}.py", folder)
+    if patch:
+        subprocess.run(["git", "apply", TESTS / f"{patch}.patch"], cwd=folder, check=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["tests/conformance.py", "--script", folder / f"{script}.py"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode in (0, 1), process.stdout + process.stderr
+    return set(re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", process.stdout, re.MULTILINE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["ppo", "ppo_continuous", "ppo_atari"])
+def test_the_scripts_conform(script: str, tmp_path: Path) -> None:
+    assert failures(tmp_path, script=script) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("patch", "script"),
+    [("recurrent", "ppo"), ("multidiscrete", "ppo"), ("tanh_squashed", "ppo_continuous")],
+)
+def test_modifications_conform(patch: str, script: str, tmp_path: Path) -> None:
+    assert failures(tmp_path, f"modifications/{patch}", script) == set()
+
+
+@pytest.mark.slow
+def test_a_bug_does_not(tmp_path: Path) -> None:
+    names = {"test_advantages_are_those_of_gae", "test_a_time_limit_is_no_death"}
+    assert failures(tmp_path, "bugs/time_limit_as_death") == names
