@@ -13,7 +13,7 @@ that actor and critic share, a lost life as the end of the bootstrap, the number
 From the paper: a constant clip range, 4 epochs, clipped values.
 
 "(critical)" marks a line whose omission is a classic bug. What stands between ">>> shared" and
-"<<< shared" is the same in ppo.py, ppo_continuous.py and ppo_atari.py.
+"<<< shared" is the same in all three ppo*.py.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 [Nature] Mnih et al. 2015, "Human-level control through deep reinforcement learning".
@@ -48,37 +48,37 @@ class Args:
     total_timesteps: int = 10_000_000  # of all environments, rounded down to whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    num_envs: int = 8  # N, environments that step together; 1 to 64
-    num_steps: int = 128  # T, steps of each environment per batch; 16 to 2048
+    num_envs: int = 8  # N, environments in step; 1 to 64
+    num_steps: int = 128  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.99  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
     gae_lambda: float = 0.95  # 0: trust the critic (bias), 1: the rewards (variance)
     norm_obs: bool = False  # not for pixels, which are scaled to [0, 1]
-    norm_reward: bool = False  # divide by the std of returns, where those are far from 1
+    norm_reward: bool = False  # divide by the std of discounted sums of rewards
     sticky_actions: float | None = None  # chance to repeat the last action; default: the id's
-    learning_rate: float = 2.5e-4  # Adam's step size; lower it where approx_kl runs high
+    learning_rate: float = 2.5e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
     final_lr_fraction: float = 0.0  # the share of it that is left at the end
     update_epochs: int = 4  # passes over each batch; 3 to 20
     num_minibatches: int = 4  # gradient steps per pass, usually of 64 to 512 rows
-    recompute_advantages: bool = False  # anew before each epoch; helps with many epochs
+    recompute_advantages: bool = False  # before each epoch; helps with many epochs
     norm_adv: bool = True  # normalize the advantages of each minibatch
-    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # keeps ratios near 1
     clip_coef: float = 0.1  # epsilon: no gain from ratios beyond 1 +- epsilon; 0.1 to 0.3
-    kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at the start)
+    kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
     target_kl: float | None = None  # end an update when approx_kl exceeds this; 0.01 to 0.05
-    clip_vloss: bool = True  # also limit the change of values to clip_coef; rarely helps
+    clip_vloss: bool = True  # no gain from changing values by more than clip_coef
     vf_coef: float = 0.5  # weight of the value loss; more if explained_variance is low
     ent_coef: float = 0.01  # entropy bonus, if the policy settles too soon; 0 to 0.02
-    max_grad_norm: float = 0.5  # gradient clipping, by the norm of all parameters
-    cuda: bool = field(default_factory=torch.cuda.is_available)  # slower for small nets
+    max_grad_norm: float = 0.5  # gradient clipping, by the norm of all
+    cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # only reproducible cuDNN kernels
     torch_threads: int = 0  # CPU threads; 1 suits small networks, 0: torch's choice
     bf16: bool = False  # convolutions in bfloat16: faster where the processor knows it
-    compile: bool = False  # torch.compile the loss: starts later, then runs faster
+    compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{unix time}
     eval_episodes: int = 10  # of the evaluation after training, 0 for none
-    capture_video: bool = False  # film the first environment, up to 1,000 steps a film
+    capture_video: bool = False  # film the first environment, 1,000 steps at most
     resume: str | None = None  # run folder to go on from, with its arguments and new ones
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -228,7 +228,7 @@ class RunningMeanStd(nn.Module):
         x = x.double()
         mean = all_mean(x.mean(dim=0))
         var = all_mean(((x - mean) ** 2).mean(dim=0))
-        share = len(x) / (self.count + len(x))  # of the new rows, in all processes
+        share = len(x) / (self.count + len(x))  # of the new rows; the same in each process
         self.var += share * (var - self.var) + share * (1 - share) * (mean - self.mean) ** 2
         self.mean += share * (mean - self.mean)
         self.count += len(x)
@@ -301,7 +301,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         objective = torch.min(objective, clipped_ratio * advantages)
         clipped = ((ratio - 1).abs() > args.clip_coef).float()
     elif args.surrogate in ("kl-fixed", "kl-adaptive"):
-        # L_KLPEN = E[r * A - beta * KL[old || new]], exact, not estimated from samples
+        # L_KLPEN = E[r * A - beta * KL[old || new]], exact; the penalty follows below
         stats = {"kl": kl_divergence(mb["dist"], dist).mean(), "kl_coef": kl_coef}
     elif args.surrogate != "none":
         raise ValueError(f"unknown surrogate {args.surrogate}")
@@ -325,7 +325,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         # KL[old || new] estimated from samples (http://joschu.net/blog/kl-approx.html)
         "approx_kl": ((ratio - 1) - logratio).mean(),  # k3: never negative, little noise
         "old_approx_kl": -logratio.mean(),  # k1: noisier; both are unbiased
-        "clipfrac": clipped.mean(),  # share of the ratios outside 1 +- eps
+        "clipfrac": clipped.mean(),  # "clip": share of ratios outside 1 +- eps
     }
     return loss, {name: x.detach() for name, x in stats.items()}
 
@@ -340,25 +340,25 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     agent = Agent(envs, args).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    learning_rates = [group["lr"] for group in optimizer.param_groups]  # before a restore
+    learning_rates = [group["lr"] for group in optimizer.param_groups]  # not annealed
     reward_stats = RunningMeanStd().to(device)
     loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
     if N < args.num_envs:  # torchrun's processes share the environments
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
     # All that --resume needs: what has a state_dict, and plain data (beta = kl_coef * kl_scale)
     modules = {"agent": agent, "optimizer": optimizer, "reward_stats": reward_stats}
-    state = {"global_step": 0, "kl_scale": 1.0, "wall_time": 0.0, "episodes": []}
-    state |= {"columns": {}, "files": {"metrics.csv": 0, "episodes.csv": 0}}
+    state = {"global_step": 0, "kl_scale": 1.0, "wall_time": 0.0, "episodes": [], "columns": {}}
+    state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
     if args.resume:
         state |= restore(folder, modules)["state"]
     # A resumed run is not the uncut one: episodes begin anew, with other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
-    # Cut first episodes differently, or each batch would hold one stage of all episodes
+    # First time limits at different steps, or a batch would hold one stage of all episodes
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
         if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
-    past_sum = torch.zeros(N, device=device)  # for --norm-reward: of this episode
+    past_sum = torch.zeros(N, device=device)  # discounted, for --norm-reward
     log = Log(args, folder, state) if rank == 0 else None
     if args.norm_obs and agent.obs_stats.count == 0:
         for _ in range(T):  # uncounted steps give the statistics a scale
@@ -370,12 +370,12 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         progress = state["global_step"] / args.total_timesteps if args.anneal_lr else 0.0
         fraction = 1 - progress * (1 - args.final_lr_fraction)
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = float(fraction * rate)  # numpy's would not load
+            group["lr"] = float(fraction * rate)  # plain, to be saved
 
         # ---- Phase 2: rollout: the policy acts, and every transition is kept
         steps = []
-        numbers = np.zeros((3, T, N), dtype=np.float32)
-        rewards, terminations, dones = numbers  # views
+        scalars = np.zeros((3, T, N), dtype=np.float32)
+        rewards, terminations, dones = scalars  # views
         with torch.no_grad():
             for t in range(T):
                 step = {"obs": next_obs}
@@ -385,22 +385,22 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 next_obs, rewards[t], terminations[t], truncated, infos = envs.step(actions)
                 next_obs = torch.tensor(next_obs, device=device)
                 dones[t] = np.maximum(terminations[t], truncated)
-                step["next_obs"] = next_obs.clone()  # s_{t+1}; before a reset:
-                for i in np.flatnonzero(dones[t]):
+                step["next_obs"] = next_obs.clone()
+                for i in np.flatnonzero(dones[t]):  # s_{t+1} is of the same episode as s_t
                     step["next_obs"][i] = torch.as_tensor(infos["final_obs"][i])
                 steps.append(step)
                 state["global_step"] += args.num_envs
                 if log and "episode" in infos:
                     log.episodes_ended(infos)
-        # (T, N, ...) each. Values and log-probabilities follow for all rows at once
+        # (T, N, ...) each. Values follow in phase 3, log-probabilities in 4, all at once
         batch = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-        batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(numbers).to(device)
+        batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(scalars).to(device)
         if args.norm_reward:  # divide by the std of the discounted sums of past rewards
             past_sums = torch.zeros_like(batch["rewards"])
             for t in range(T):
                 past_sums[t] = past_sum = batch["rewards"][t] + args.gamma * past_sum
                 past_sum = past_sum * (1 - batch["dones"][t])  # an episode starts from 0
-            reward_stats.update(past_sums.flatten())
+            reward_stats.update(past_sums.flatten())  # before use: no ratio depends on it
             batch["rewards"] /= (reward_stats.var + 1e-8).sqrt()
 
         # ---- Phase 3: advantages: how much better was an action than the policy's average?
@@ -409,7 +409,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)  # compiles once
+        kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)  # for --compile
         all_stats = []
         for epoch in range(args.update_epochs):
             if args.recompute_advantages and epoch > 0:
@@ -430,7 +430,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 optimizer.step()
                 all_stats.append(stats)
             if args.target_kl is not None:
-                # Each KL was taken before its own step: what the last one did is not in them
+                # Each KL was taken before its own step: what the last step did is missing
                 kls = [stats["approx_kl"] for stats in all_stats[-args.num_minibatches :]]
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
@@ -442,7 +442,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             elif kl > args.kl_target * 1.5:
                 state["kl_scale"] = min(state["kl_scale"] * 2, 1000)
         if args.norm_obs:
-            agent.obs_stats.update(flat["obs"])  # (critical: not before, or no ratio starts at 1)
+            agent.obs_stats.update(flat["obs"])  # (critical: after it, or no ratio starts at 1)
 
         # ---- Phase 5: record, and throw the batch away: its policy is gone
         metrics = {"charts/learning_rate": fraction * args.learning_rate}
@@ -484,19 +484,19 @@ def on_error(close: Any = (), refuse: str = "") -> Any:
 
 
 def seed_all(*numbers: int) -> int:
-    """Seed all global generators, for each purpose anew; returns a seed for environments."""
+    """Seed all global generators, by seed and purpose; returns a seed for environments."""
     seed, env_seed = np.random.SeedSequence(numbers).generate_state(2).tolist()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return env_seed % 2**30  # room for + i
+    return env_seed % 2**30  # environment i: + i
 
 
 def train(args: Args) -> str:
     """Train and evaluate; returns the run folder. BadInput: it cannot be run as asked."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
     name = args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-")
-    folder = Path(args.evaluate or args.resume or name).absolute()  # they may chdir
+    folder = Path(args.evaluate or args.resume or name).absolute()  # environments may chdir
     check(args, folder)
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -519,7 +519,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
     """Play an episode in each of --eval-episodes environments, 27,000 steps at most."""
     device, returns = "cuda" if args.cuda else "cpu", np.full(args.eval_episodes, np.nan)
     envs = make_envs(args, args.eval_episodes, videos)
-    with on_error(close=[envs]), torch.random.fork_rng():  # training may go on
+    with on_error(close=[envs]), torch.random.fork_rng():  # keeps torch's generator
         agent = Agent(envs, args).to(device)
         restore(folder, {"agent": agent})
         obs, rewards = envs.reset(seed=seed_all(args.seed, 2))[0], 0.0
@@ -534,9 +534,9 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
             playing = np.isnan(returns)
             if not playing.any():
                 break
-            if step % 1000 == 0:
+            if step % 1000 == 1:
                 print(f"evaluation, step {step}: {playing.sum()} episodes go on", flush=True)
-        returns[playing] = envs.episode_returns[playing]
+        returns[playing] = envs.episode_returns[playing]  # so far
         envs.close()
     mean, std = float(returns.mean()), float(returns.std())
     return {"eval_return_mean": mean, "eval_return_std": std, "eval_episodes": len(returns)}
@@ -558,8 +558,8 @@ class Log:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            names |= {"name": folder.name, "id": state.setdefault("id", os.urandom(4).hex())}
-            self.wandb = wandb.init(**names, dir=folder, config=vars(args), resume="allow")
+            names |= {"name": folder.name, "id": state["id"], "dir": folder, "resume": "allow"}
+            self.wandb = wandb.init(**names, config=vars(args), reinit="finish_previous")
             self.wandb.define_metric("*", step_metric="global_step")
         print(f"{args.env_id}, seed {args.seed}, files in {folder}", flush=True)
 
@@ -571,7 +571,7 @@ class Log:
             self.state["episodes"] = [*self.state["episodes"][-99:], (r, length)]
 
     def iteration_ended(self, metrics: dict[str, float], modules: dict[str, Any]) -> None:
-        """Write a row; print and save every 2 s, or less often: it takes 1% of the time."""
+        """Write a row; print and save, every 2 s at most, in 1% of the time at most."""
         state, now = self.state, time.monotonic()
         state["wall_time"] = round(now - self.start, 3)
         state["SPS"] = round(state["global_step"] / max(now - self.start, 1e-9))
@@ -661,7 +661,7 @@ def check(args: Args, folder: Path) -> None:
 
 def main() -> None:
     """The command line. Bad input: one line, exit code 2. Ctrl-C: one line, 130."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which closes environments
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit: closes all
     args = tyro.cli(Args)
     try:
         if folder := args.evaluate or args.resume:  # its arguments are the defaults
@@ -672,7 +672,7 @@ def main() -> None:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as error:
-        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; training goes on with --resume", file=sys.stderr)
         sys.exit(getattr(error, "code", 130))
     except Exception:
         print("failed; gymnasium's check_env finds an environment's faults", file=sys.stderr)
