@@ -44,9 +44,9 @@ Rows = dict[str, Tensor]  # "obs", "actions", ... of transitions, (T, N, ...) or
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # or "my_module:MyEnv-v0", which imports my_module
-    total_timesteps: int = 150_000  # of all environments, rounded down to whole batches
+    total_timesteps: int = 150_000  # of all together, rounded down to whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
-    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    exp_name: str = Path(__file__).stem  # part of the folder's name
     num_envs: int = 8  # N, environments in step; 1 to 64
     num_steps: int = 32  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.98  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
@@ -70,7 +70,7 @@ class Args:
     ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02
     max_grad_norm: float = 0.5  # gradient clipping, by the norm of all
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
-    torch_deterministic: bool = True  # only reproducible cuDNN kernels
+    torch_deterministic: bool = True  # reproducible cuDNN kernels
     torch_threads: int = 1  # CPU threads; 1 suits small networks, 0: torch's choice
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{unix time}
