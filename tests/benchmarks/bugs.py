@@ -3,9 +3,9 @@
     python tests/benchmarks/bugs.py --seeds 1-5
 
 CartPole-v1 with FLAGS (InvertedPendulum-v5 for those of ppo_continuous.py), beside the scripts as
-they are, with the same seeds. A metric betrays a bug from the iteration on at which, for ten iterations,
-the median over the bug's seeds lies outside the range of the right runs, widened by its width on
-each side. Results: results/bugs.csv, a row a run, and bugs.md.
+they are, with the same seeds. A metric betrays a bug from the iteration on at which, for ten
+iterations, the median over the bug's seeds lies outside the range of the right runs, widened by its
+width on each side. Results: results/bugs.csv, a row a run, and bugs.md.
 """
 
 import argparse
