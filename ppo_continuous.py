@@ -99,8 +99,10 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
             raise TypeError(f"its actions are {actions}, but ppo_continuous.py needs Box")
         if film:
             env = gym.wrappers.RecordVideo(env, str(videos), video_length=1000)
+        if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1:
+            return gym.wrappers.TransformObservation(env, np.copy, obs_space)  # it may be reused
         with on_error(refuse=f"{obs_space} is no vector; try gymnasium's FilterObservation"):
-            return gym.wrappers.FlattenObservation(env)  # also copies: arrays may be reused
+            return gym.wrappers.FlattenObservation(env)  # of Discrete, a one-hot vector
 
     with on_error(close=built, refuse=f"--env-id {args.env_id}"):
         envs = gym.vector.SyncVectorEnv([make_env] * num_envs, autoreset_mode="SameStep")
@@ -182,8 +184,7 @@ class Agent(nn.Module):
         return obs.float()
 
     def get_dist(self, features: Tensor) -> Tensor:
-        with torch.no_grad():  # not in the graph, where below the floor there is no gradient
-            self.log_std.clamp_(min=self.min_log_std)
+        self.log_std.data.clamp_(min=self.min_log_std)  # in the graph, gradients would end there
         mean = self.actor(features)
         return torch.cat([mean, self.log_std.expand_as(mean)], dim=-1)
 
@@ -431,11 +432,9 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             agent.obs_stats.update(flat["obs"])  # (critical: after it, or no ratio starts at 1)
 
         # ---- Phase 5: record, and throw the batch away: its policy is gone
-        metrics = {"charts/learning_rate": fraction * args.learning_rate}
-        metrics["losses/explained_variance"] = explained
+        metrics = {"charts/learning_rate": group["lr"], "losses/explained_variance": explained}
         for name in all_stats[0]:  # means over all minibatches
-            mean = torch.stack([stats[name] for stats in all_stats]).mean()
-            metrics[f"losses/{name}"] = mean.item()
+            metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
         if not math.isfinite(metrics["losses/grad_norm"]):
             raise FloatingPointError("an observation, reward or gradient is NaN or infinite")
         if log:
@@ -450,9 +449,9 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
 
 # <<< shared: algorithm
 # >>> shared: records
-# PPO ends here. What follows evaluates, keeps files and reads the command line.
+# PPO ends here. What follows: evaluation, files, checks, command line.
 class BadInput(ValueError):
-    """What cannot be run as asked; `main` prints it as one line and exits with code 2."""
+    """What cannot be run as asked; `main` prints it as one line and exits with 2."""
 
 
 @contextlib.contextmanager
@@ -470,7 +469,7 @@ def on_error(close: Any = (), refuse: str = "") -> Any:
 
 
 def seed_all(*numbers: int) -> int:
-    """Seed all global generators, by seed and purpose; returns a seed for environments."""
+    """Seed all generators, by seed and purpose; returns a seed for environments."""
     seed, env_seed = np.random.SeedSequence(numbers).generate_state(2).tolist()
     random.seed(seed)
     np.random.seed(seed)
@@ -479,7 +478,7 @@ def seed_all(*numbers: int) -> int:
 
 
 def train(args: Args) -> str:
-    """Train and evaluate; returns the run folder. BadInput: it cannot be run as asked."""
+    """Train and evaluate; returns the run folder. Raises BadInput."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
     name = args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-")
     folder = Path(args.evaluate or args.resume or name).absolute()  # environments may chdir
@@ -505,13 +504,13 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
     """Play an episode in each of --eval-episodes environments, 27,000 steps at most."""
     device, returns = "cuda" if args.cuda else "cpu", np.full(args.eval_episodes, np.nan)
     envs = make_envs(args, args.eval_episodes, videos)
-    with on_error(close=[envs]), torch.random.fork_rng():  # keeps torch's generator
+    with on_error(close=[envs]), torch.random.fork_rng([0] if args.cuda else []):
         agent = Agent(envs, args).to(device)
         restore(folder, {"agent": agent})
         obs, rewards = envs.reset(seed=seed_all(args.seed, 2))[0], 0.0
         for step in range(1, 27_001):
             if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
-                raise FloatingPointError("the evaluation has a NaN or infinite number")
+                raise FloatingPointError("NaN or infinity in the evaluation")
             rows = {"obs": torch.tensor(obs, device=device)}
             actions = evaluation_action(agent.get_dist(agent.features(rows)))
             obs, rewards, _, _, infos = envs.step(actions.cpu().numpy())
@@ -586,7 +585,7 @@ class Log:
                     print(*row, sep=",", file=file)
                 print(*row.values(), sep=",", file=file)
                 self.state["files"][name] = file.tell()
-        except OSError as error:  # that of a full disk does not name the file
+        except OSError as error:  # a full disk's has no file name
             raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
 
     def save(self, modules: dict[str, Any]) -> None:
@@ -621,7 +620,7 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(args: Args, folder: Path) -> None:
-    """Raise BadInput with flag, value and reason for what cannot be run as asked."""
+    """Raise BadInput, with flag, value and reason, for what cannot be run."""
 
     def require(name: str, condition: bool, reason: str) -> None:
         if not condition:
@@ -661,7 +660,7 @@ def main() -> None:
         print("stopped; training goes on with --resume", file=sys.stderr)
         sys.exit(getattr(error, "code", 130))
     except Exception:
-        print("failed; gymnasium's check_env finds an environment's faults", file=sys.stderr)
+        print("failed; gymnasium's check_env finds environments' faults", file=sys.stderr)
         raise
 
 
