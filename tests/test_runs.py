@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -287,3 +288,18 @@ def test_wandb_offline_receives_the_names_of_the_files(monkeypatch: pytest.Monke
     for name in [*metrics("run", times=True)[0], *summary("run", times=True)]:
         assert all(name.encode() in path.read_bytes() for path in stored)
     assert len(metrics("run")) == 10
+
+
+@pytest.mark.slow
+def test_two_tracked_runs_of_one_process_are_two_runs_of_wandb(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    code = "import ppo; [ppo.train(ppo.Args(run_dir=x, track=True, total_timesteps=256, "
+    code += "eval_episodes=0, cuda=False)) for x in ('one', 'two')]"
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environ)
+    for name in ("one", "two"):
+        (path,) = Path(name, "wandb").glob("offline-*/run-*.wandb")
+        assert path.stem == f"run-{saved(name)['state']['id']}"
+        assert b"losses/approx_kl" in path.read_bytes()
