@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from helpers import ROOT, metrics
+from helpers import ROOT, metrics, read_csv
 
 NAMES = ("ppo", "ppo_continuous", "ppo_atari")
 CARD = {"gymnasium", "numpy", "torch", "tyro", "wandb"}
@@ -104,6 +106,18 @@ def test_imports_are_those_of_the_card(name: str) -> None:
             modules = [node.module]
         for module in modules:
             assert module.split(".")[0] in allowed, f"{name}.py imports {module}"
+
+
+def test_results_are_of_the_present_scripts(
+    benchmark_module: Callable[[str], ModuleType],
+) -> None:
+    """A table of another fingerprint belongs into results/history."""
+    fingerprint = benchmark_module("sweep").fingerprint
+    present = {f"{name}.py": fingerprint(text_of(name)) for name in NAMES}
+    for path in (ROOT / "tests/benchmarks/results").glob("*.csv"):
+        for row in read_csv(path):
+            if "fingerprint" in row:
+                assert row["fingerprint"] == present[row["script"]], path.name
 
 
 def run(script: Path, folder: Path, **flags: object) -> None:
