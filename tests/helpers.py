@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -71,6 +73,16 @@ def metrics(folder: str | Path, times: bool = False) -> list[dict[str, str]]:
 
 def column(folder: str | Path, name: str) -> list[float]:
     return [float(row[name]) for row in metrics(folder, times=True)]
+
+
+def copy_scripts(folder: str | Path, *patches: Path) -> None:
+    """Put copies of the scripts into the folder, and change them by the patches."""
+    for script in ROOT.glob("ppo*.py"):
+        shutil.copy(script, folder)
+    for patch in patches:
+        command = ["git", "apply", patch]
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
 
 
 def copied(x: object) -> object:

@@ -2,14 +2,13 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, copy_scripts
 
 BUGS = sorted((Path(__file__).parent / "bugs").glob("*.patch"))
 
@@ -17,9 +16,7 @@ BUGS = sorted((Path(__file__).parent / "bugs").glob("*.patch"))
 def run_its_test(path: Path, folder: Path) -> tuple[int, str]:
     """Exit code and output of the test that the patch names, in which `import ppo` is the copy."""
     folder.mkdir()
-    for script in ROOT.glob("ppo*.py"):
-        shutil.copy(script, folder)
-    subprocess.run(["git", "apply", path], cwd=folder, check=True)
+    copy_scripts(folder, path)
     test = re.search(r"^Caught by (\S+)$", path.read_text(), re.MULTILINE)[1]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
     env = os.environ | {"PPO_SCRIPTS_DIR": str(folder)}

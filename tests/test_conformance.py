@@ -1,22 +1,19 @@
 """conformance.py passes on the scripts and on modifications, and fails on a bug."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, copy_scripts
 
 TESTS = Path(__file__).parent
 
 
 def failures(folder: Path, patch: str = "", script: str = "ppo") -> set[str]:
     """The checks that fail on a copy of the script with the patch."""
-    shutil.copy(ROOT / f"{script}.py", folder)
-    if patch:
-        subprocess.run(["git", "apply", TESTS / f"{patch}.patch"], cwd=folder, check=True)
+    copy_scripts(folder, *([TESTS / f"{patch}.patch"] if patch else []))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["tests/conformance.py", "--script", folder / f"{script}.py"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import re
-import shutil
-import subprocess
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, column, metrics, read_csv, spy
+from helpers import TINY, column, copy_scripts, metrics, read_csv, spy
 
 import ppo
 
@@ -49,11 +47,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def patched(*names: str) -> ModuleType:
     """The script that these patches change, copied here and changed, as a module."""
     script = re.search(r"^--- a/(\w+)\.py", (MODIFICATIONS / f"{names[0]}.patch").read_text())[1]
-    shutil.copy(ROOT / f"{script}.py", ".")
-    for name in names:
-        command = ["git", "apply", MODIFICATIONS / f"{name}.patch"]
-        process = subprocess.run(command, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
+    copy_scripts(".", *(MODIFICATIONS / f"{name}.patch" for name in names))
     spec = importlib.util.spec_from_file_location("_".join(names), f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
