@@ -11,8 +11,7 @@ From ppo.py differ: a Gaussian policy, whose noise does not depend on the state,
 actions, the numbers in `Args`. From the paper: 64 short rollouts instead of a long one, a floor
 under the noise, new advantages before each epoch, a learning rate that ends at a third.
 
-"(critical)" marks a line whose omission is a classic bug. What stands between ">>> shared" and
-"<<< shared" is the same in all three ppo*.py.
+"(critical: ...)" names a classic bug. ">>> shared" to "<<< shared": the same in all ppo*.py.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 """
@@ -41,7 +40,7 @@ Rows = dict[str, Tensor]  # "obs", "actions", ... of transitions, (T, N, ...) or
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v5"  # or "my_module:MyEnv-v0", which imports my_module
-    total_timesteps: int = 1_000_000  # of all together, rounded down to whole batches
+    total_timesteps: int = 1_000_000  # over all environments, in whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
     exp_name: str = Path(__file__).stem  # part of the folder's name
     num_envs: int = 64  # N, environments in step; 1 to 64
@@ -54,32 +53,32 @@ class Args:
     min_log_std: float = -1.5  # its floor: lower allows more precision, higher is steadier
     learning_rate: float = 3e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
-    final_lr_fraction: float = 0.33  # the share of it that is left at the end
+    final_lr_fraction: float = 0.33  # what is left of it at the end
     update_epochs: int = 10  # passes over each batch; 3 to 20
     num_minibatches: int = 32  # gradient steps per pass, usually of 64 to 512 rows
-    recompute_advantages: bool = True  # before each epoch; helps with many epochs
+    recompute_advantages: bool = True  # before each later epoch
     norm_adv: bool = True  # normalize the advantages of each minibatch
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # keeps ratios near 1
     clip_coef: float = 0.2  # epsilon: no gain from ratios beyond 1 +- epsilon; 0.1 to 0.3
     kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
-    target_kl: float | None = None  # end an update when approx_kl exceeds this; 0.01 to 0.05
+    target_kl: float | None = None  # stop after an epoch with a higher approx_kl; 0.01 to 0.05
     clip_vloss: bool = False  # no gain from changing values by more than clip_coef
     vf_coef: float = 0.25  # weight of the value loss; more if explained_variance is low
     ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02
-    max_grad_norm: float = 0.5  # gradient clipping, by the norm of all
+    max_grad_norm: float = 0.5  # clip the norm of all gradients
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
     torch_threads: int = 1  # CPU threads; 1 suits small networks, 0: torch's choice
     compile: bool = False  # torch.compile the loss: a slow start, then faster
-    run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{unix time}
-    eval_episodes: int = 10  # of the evaluation after training, 0 for none
-    capture_video: bool = False  # film the first environment, 1,000 steps at most
-    resume: str | None = None  # run folder to go on from, with its arguments and new ones
+    run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
+    eval_episodes: int = 10  # of the evaluation after training; 0: none
+    capture_video: bool = False  # films of up to 1,000 steps, of one environment
+    resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
     wandb_project_name: str = "ppo"  # of wandb
-    wandb_entity: str | None = None  # user or team of wandb
+    wandb_entity: str | None = None  # user or team
 
 
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
@@ -100,7 +99,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
         if film:
             env = gym.wrappers.RecordVideo(env, str(videos), video_length=1000)
         if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1:
-            return gym.wrappers.TransformObservation(env, np.copy, obs_space)  # it may be reused
+            return gym.wrappers.TransformObservation(env, np.copy, obs_space)  # env may reuse obs
         with on_error(refuse=f"{obs_space} is no vector; try gymnasium's FilterObservation"):
             return gym.wrappers.FlattenObservation(env)  # of Discrete, a one-hot vector
 
@@ -176,11 +175,11 @@ class Agent(nn.Module):
         self.critic = mlp(obs_dim, 1, gain=1.0)
 
     def features(self, rows: Rows) -> Tensor:
-        """What both networks see, (N, obs). rows: "obs" and whatever a modification adds."""
+        """What both networks see, (N, obs). rows["obs"]: raw observations."""
         obs = rows["obs"]
         if self.obs_stats is not None:
             std = (self.obs_stats.var + 1e-8).sqrt()
-            obs = ((obs.double() - self.obs_stats.mean) / std).clamp(-10, 10)  # keeps digits
+            obs = ((obs.double() - self.obs_stats.mean) / std).clamp(-10, 10)
         return obs.float()
 
     def get_dist(self, features: Tensor) -> Tensor:
@@ -194,7 +193,7 @@ class Agent(nn.Module):
 
 # >>> shared: algorithm
 def all_mean(x: Tensor) -> Tensor:
-    """Average x, in place, over torchrun's processes, if there are several."""
+    """Average x, in place, over the processes of torchrun, if there are several."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
         x /= torch.distributed.get_world_size()
@@ -202,7 +201,7 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows so far, in buffers: they are saved with the agent."""
+    """Mean and variance of all rows so far; buffers, so a state_dict has them."""
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -215,7 +214,7 @@ class RunningMeanStd(nn.Module):
         x = x.double()
         mean = all_mean(x.mean(dim=0))
         var = all_mean(((x - mean) ** 2).mean(dim=0))
-        share = len(x) / (self.count + len(x))  # of the new rows; the same in each process
+        share = len(x) / (self.count + len(x))  # counts are each process's, all equal
         self.var += share * (var - self.var) + share * (1 - share) * (mean - self.mean) ** 2
         self.mean += share * (mean - self.mean)
         self.count += len(x)
@@ -230,7 +229,7 @@ def compute_gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation ([GAE] eq. 16, [PPO] eq. 11-12): (advantages, returns).
+    """Generalized advantage estimation ([GAE] eq. 16, [PPO] eq. 11-12): (A, returns = A + V).
 
     All (T, N). next_values[t] = V(s_{t+1}), before any reset. terminations: s_{t+1} is terminal.
     dones: the episode ends there, by termination or by truncation (a time limit).
@@ -238,7 +237,7 @@ def compute_gae(
     # delta_t = r_t + gamma * V(s_{t+1}) * (1 - termination_t) - V(s_t)
     # (critical: after a time limit s_{t+1} has a value, so terminations count, not dones)
     deltas = rewards + gamma * next_values * (1 - terminations) - values
-    # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}: not of another episode
+    # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}: no other episode's A
     decays = gamma * gae_lambda * (1 - dones)
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[0])  # A_T = 0: no delta is known past the batch
@@ -253,10 +252,10 @@ def add_advantages(agent: Agent, args: Args, batch: Rows) -> None:
     rewards, terminations, dones = batch["rewards"], batch["terminations"], batch["dones"]
     rows = {name: x.flatten(0, 1) for name, x in batch.items()}
     values = agent.get_value(agent.features(rows)).view_as(rewards)
-    # V(s_{t+1}) is the value of the row below, except where an episode or the batch ends
+    # V(s_{t+1}) is values[t + 1], except where an episode or the batch ends
     next_values = values.roll(-1, dims=0)
     last = dones.bool()
-    last[-1] = True  # here roll put the first row
+    last[-1] = True  # where roll put values[0]
     next_values[last] = agent.get_value(agent.features({"obs": batch["next_obs"][last]}))
     batch["values"] = values
     batch["advantages"], batch["returns"] = compute_gae(
@@ -288,7 +287,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         objective = torch.min(objective, clipped_ratio * advantages)
         clipped = ((ratio - 1).abs() > args.clip_coef).float()
     elif args.surrogate in ("kl-fixed", "kl-adaptive"):
-        # L_KLPEN = E[r * A - beta * KL[old || new]], exact; the penalty follows below
+        # L_KLPEN = E[r * A - beta * KL[old || new]], KL exact; the penalty follows below
         stats = {"kl": kl_divergence(mb["dist"], dist).mean(), "kl_coef": kl_coef}
     elif args.surrogate != "none":
         raise ValueError(f"unknown surrogate {args.surrogate}")
@@ -327,12 +326,12 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     agent = Agent(envs, args).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    learning_rates = [group["lr"] for group in optimizer.param_groups]  # not annealed
+    learning_rates = [group["lr"] for group in optimizer.param_groups]  # at the start
     reward_stats = RunningMeanStd().to(device)
     loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
-    if N < args.num_envs:  # torchrun's processes share the environments
+    if N < args.num_envs:  # torchrun's processes split the environments
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
-    # All that --resume needs: what has a state_dict, and plain data (beta = kl_coef * kl_scale)
+    # All that --resume needs: what has a state_dict, and plain data
     modules = {"agent": agent, "optimizer": optimizer, "reward_stats": reward_stats}
     state = {"global_step": 0, "kl_scale": 1.0, "wall_time": 0.0, "episodes": [], "columns": {}}
     state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
@@ -341,7 +340,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     # A resumed run is not the uncut one: episodes begin anew, with other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
-    # First time limits at different steps, or a batch would hold one stage of all episodes
+    # First episodes get shorter time limits, all different, or all would stay in step
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
         if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
@@ -357,7 +356,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         progress = state["global_step"] / args.total_timesteps if args.anneal_lr else 0.0
         fraction = 1 - progress * (1 - args.final_lr_fraction)
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = float(fraction * rate)  # plain, to be saved
+            group["lr"] = float(fraction * rate)  # plain: `restore` loads no numpy
 
         # ---- Phase 2: rollout: the policy acts, and every transition is kept
         steps = []
@@ -373,7 +372,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 next_obs = torch.tensor(next_obs, device=device)
                 dones[t] = np.maximum(terminations[t], truncated)
                 step["next_obs"] = next_obs.clone()
-                for i in np.flatnonzero(dones[t]):  # s_{t+1} is of the same episode as s_t
+                for i in np.flatnonzero(dones[t]):  # not the next episode's first
                     step["next_obs"][i] = torch.as_tensor(infos["final_obs"][i])
                 steps.append(step)
                 state["global_step"] += args.num_envs
@@ -382,12 +381,12 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         # (T, N, ...) each. Values follow in phase 3, log-probabilities in 4, all at once
         batch = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(scalars).to(device)
-        if args.norm_reward:  # divide by the std of the discounted sums of past rewards
+        if args.norm_reward:  # only the scale: a shift would change the task
             past_sums = torch.zeros_like(batch["rewards"])
             for t in range(T):
                 past_sums[t] = past_sum = batch["rewards"][t] + args.gamma * past_sum
                 past_sum = past_sum * (1 - batch["dones"][t])  # an episode starts from 0
-            reward_stats.update(past_sums.flatten())  # before use: no ratio depends on it
+            reward_stats.update(past_sums.flatten())
             batch["rewards"] /= (reward_stats.var + 1e-8).sqrt()
 
         # ---- Phase 3: advantages: how much better was an action than the policy's average?
@@ -396,7 +395,8 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)  # for --compile
+        # beta; a tensor, or --compile would compile anew for each value
+        kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
         all_stats = []
         for epoch in range(args.update_epochs):
             if args.recompute_advantages and epoch > 0:
@@ -429,10 +429,11 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             elif kl > args.kl_target * 1.5:
                 state["kl_scale"] = min(state["kl_scale"] * 2, 1000)
         if args.norm_obs:
-            agent.obs_stats.update(flat["obs"])  # (critical: after it, or no ratio starts at 1)
+            agent.obs_stats.update(flat["obs"])  # (critical: last, or no ratio starts at 1)
 
         # ---- Phase 5: record, and throw the batch away: its policy is gone
-        metrics = {"charts/learning_rate": group["lr"], "losses/explained_variance": explained}
+        metrics = {"charts/learning_rate": fraction * args.learning_rate}
+        metrics["losses/explained_variance"] = explained
         for name in all_stats[0]:  # means over all minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
         if not math.isfinite(metrics["losses/grad_norm"]):
@@ -443,7 +444,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         torch.distributed.destroy_process_group()
     if log:
         log.save(modules)
-        log.summarize({"eval_return_mean": None, "eval_return_std": None, "eval_episodes": 0})
+        log.summarize({"eval_episodes": 0})  # until `train` has evaluated
     return log
 
 
@@ -456,7 +457,7 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def on_error(close: Any = (), refuse: str = "") -> Any:
-    """After an error: close environments (errors in that are dropped), make it a BadInput."""
+    """After an error: close environments (errors in that are dropped); refuse: as BadInput."""
     try:
         yield
     except BaseException as error:
@@ -469,12 +470,12 @@ def on_error(close: Any = (), refuse: str = "") -> Any:
 
 
 def seed_all(*numbers: int) -> int:
-    """Seed all generators, by seed and purpose; returns a seed for environments."""
+    """Seed all generators. numbers: seed, purpose (0 weights, 1 training, 2 evaluation), ..."""
     seed, env_seed = np.random.SeedSequence(numbers).generate_state(2).tolist()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return env_seed % 2**30  # environment i: + i
+    return env_seed % 2**30  # for environments; gymnasium adds i
 
 
 def train(args: Args) -> str:
@@ -508,7 +509,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
         agent = Agent(envs, args).to(device)
         restore(folder, {"agent": agent})
         obs, rewards = envs.reset(seed=seed_all(args.seed, 2))[0], 0.0
-        for step in range(1, 27_001):
+        for _ in range(27_000):
             if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
                 raise FloatingPointError("NaN or infinity in the evaluation")
             rows = {"obs": torch.tensor(obs, device=device)}
@@ -519,8 +520,6 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
             playing = np.isnan(returns)
             if not playing.any():
                 break
-            if step % 1000 == 1:
-                print(f"evaluation, step {step}: {playing.sum()} episodes go on", flush=True)
         returns[playing] = envs.episode_returns[playing]  # so far
         envs.close()
     mean, std = float(returns.mean()), float(returns.std())
@@ -536,7 +535,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(vars(args), indent=2, default=float))
         (folder / "script.py").write_bytes(Path(__file__).read_bytes())
-        for name, size in state["files"].items():  # later rows are trained again
+        for name, size in state["files"].items():  # without rows after the checkpoint
             with open(folder / name, "ab") as file:
                 file.truncate(min(size, file.tell()))
         if args.track:
@@ -556,7 +555,7 @@ class Log:
             self.state["episodes"] = [*self.state["episodes"][-99:], (r, length)]
 
     def iteration_ended(self, metrics: dict[str, float], modules: dict[str, Any]) -> None:
-        """Write a row; print and save, every 2 s at most, in 1% of the time at most."""
+        """Write a row. Every 2 s, or less often to take 1% of the time at most, print and save."""
         state, now = self.state, time.monotonic()
         state["wall_time"] = round(now - self.start, 3)
         state["SPS"] = round(state["global_step"] / max(now - self.start, 1e-9))
@@ -585,7 +584,7 @@ class Log:
                     print(*row, sep=",", file=file)
                 print(*row.values(), sep=",", file=file)
                 self.state["files"][name] = file.tell()
-        except OSError as error:  # a full disk's has no file name
+        except OSError as error:  # it may lack the file name
             raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
 
     def save(self, modules: dict[str, Any]) -> None:
@@ -599,7 +598,8 @@ class Log:
 
     def summarize(self, evaluation: dict[str, Any]) -> None:
         names = ("global_step", "wall_time", "SPS", "train_return_last100")
-        summary = {name: self.state[name] for name in names} | evaluation
+        names += ("eval_return_mean", "eval_return_std")
+        summary = {name: self.state.get(name) for name in names} | evaluation
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
         print(*(f"{name}={value}" for name, value in summary.items()), flush=True)
         if self.wandb:
@@ -614,7 +614,7 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:
-        reason = str(error).partition(" This file can still")[0]  # unsafe advice
+        reason = str(error).partition(" This file can still")[0]  # no unsafe advice
         raise BadInput(f"--resume/--evaluate {folder}: no fitting checkpoint: {reason}") from error
     return checkpoint
 
@@ -649,15 +649,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit: closes all
     args = tyro.cli(Args)
     try:
-        if folder := args.evaluate or args.resume:  # its arguments are the defaults
-            given = {"resume": args.resume, "evaluate": args.evaluate}  # not its own
+        if folder := args.evaluate or args.resume:  # reparse, its arguments as defaults
+            given = {"resume": args.resume, "evaluate": args.evaluate}
             args = tyro.cli(Args, default=Args(**restore(folder, {})["args"] | given))
         train(args)
     except BadInput as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as error:
-        print("stopped; training goes on with --resume", file=sys.stderr)
+        print("stopped; --resume continues from the checkpoint", file=sys.stderr)
         sys.exit(getattr(error, "code", 130))
     except Exception:
         print("failed; gymnasium's check_env finds environments' faults", file=sys.stderr)

@@ -299,7 +299,11 @@ def test_a_signal_ends_the_run_at_once_with_one_line(
     os.killpg(process.pid, number)
     process.join(10)
     assert process.exitcode == code
-    assert (tmp_path / "stderr").read_text().startswith("stopped; training goes on with --resume")
+    assert (
+        (tmp_path / "stderr")
+        .read_text()
+        .startswith("stopped; --resume continues from the checkpoint")
+    )
     assert (tmp_path / "stderr").read_text().count("\n") == 1
     done = ppo.restore("run", {})["state"]["global_step"]
     run_main(ppo, "--resume", "run", "--total-timesteps", done + 64, "--eval-episodes", 0)

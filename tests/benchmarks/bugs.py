@@ -2,58 +2,72 @@
 
     python tests/benchmarks/bugs.py --seeds 1-5
 
-CartPole-v1 with FLAGS (InvertedPendulum-v5 for those of ppo_continuous.py), beside the scripts as
-they are, with the same seeds. A metric betrays a bug from the iteration on at which, for ten
-iterations, the median over the bug's seeds lies outside the range of the right runs, widened by its
-width on each side. Results: results/bugs.csv, a row a run, and bugs.md.
+On CartPole-v1 and on Hopper-v5, with FLAGS, beside the scripts as they are and with the same seeds;
+a bug is trained wherever its patch applies. A metric betrays a bug from the iteration on at which,
+for ten iterations, the median over the bug's seeds lies outside the range of the right runs,
+widened by its width on each side. Results: results/bugs.csv, a row a run, bugs.md and
+figures/bugs.png.
 """
 
 import argparse
 import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 from sweep import fingerprint
-from tables import RESULTS, ROOT, RUNS, Row, grouped, markdown, measured, number, write
+from tables import HERE, RESULTS, ROOT, RUNS, Row, grouped, markdown, measured, number, write
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
 
 HOME = RUNS / "bugs"
 BUGS = sorted((ROOT / "tests/bugs").glob("*.patch"))
 RIGHT = "none"
-ENVS = {"ppo.py": "CartPole-v1", "ppo_continuous.py": "InvertedPendulum-v5"}
+SCRIPTS = {"CartPole-v1": "ppo.py", "Hopper-v5": "ppo_continuous.py"}
 FLAGS = {
-    "ppo.py": "--total-timesteps 100000 --num-minibatches 4 --norm-obs --norm-reward "
+    "CartPole-v1": "--total-timesteps 100000 --num-minibatches 4 --norm-obs --norm-reward "
     "--target-kl None",
-    "ppo_continuous.py": "--total-timesteps 100000 --num-envs 16 --num-minibatches 8",
+    "Hopper-v5": "--total-timesteps 250000 --num-minibatches 8",
 }
 COMMON = "--eval-episodes 20 --no-cuda --torch-threads 1"
 METRICS = ("approx_kl", "old_approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm")
 METRICS += ("policy_loss", "value_loss")
 
 
-def train(job: tuple[str, str, str, int]) -> Row:
+def with_bug(env_id: str, bug: str, folder: Path) -> bool:
+    """Copy the environment's script into the folder, with the bug; False where it does not fit."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    script = shutil.copy(ROOT / SCRIPTS[env_id], folder)
+    if bug == RIGHT:
+        return True
+    text = (ROOT / f"tests/bugs/{bug}.patch").read_bytes()
+    command = ["patch", "-s", "--no-backup-if-mismatch", "-r", "-", script]
+    return subprocess.run(command, input=text, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def train(job: tuple[str, str, int]) -> Row | None:
     """A run of the script with the bug, unless it is there already."""
-    script, bug, mark, seed = job
-    folder = HOME / mark / bug / str(seed)
+    env_id, bug, seed = job
+    mark = fingerprint((ROOT / SCRIPTS[env_id]).read_text())
+    folder = HOME / mark / env_id / bug / str(seed)
     if not (folder / "run/summary.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        shutil.copy(ROOT / script, folder)
-        if bug != RIGHT:
-            patch = ROOT / f"tests/bugs/{bug}.patch"
-            subprocess.run(["git", "apply", patch], cwd=folder, check=True)
-        command = [sys.executable, script, "--env-id", ENVS[script], "--seed", str(seed)]
-        command += [*FLAGS[script].split(), *COMMON.split(), "--run-dir", "run"]
+        if not with_bug(env_id, bug, folder):
+            return None
+        command = [sys.executable, SCRIPTS[env_id], "--env-id", env_id, "--seed", str(seed)]
+        command += [*FLAGS[env_id].split(), *COMMON.split(), "--run-dir", "run"]
         with open(folder / "output", "w") as file:
             env = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, cwd=folder, stdout=file, stderr=file, env=env)
-    row = {"script": script, "bug": bug, "fingerprint": mark, "seed": str(seed)}
-    row |= {"train_return_last100": "", "eval_return_mean": "", "failed": ""}
+    row = {"script": SCRIPTS[env_id], "env_id": env_id, "bug": bug, "fingerprint": mark}
+    row |= {"seed": str(seed), "train_return_last100": "", "eval_return_mean": "", "failed": ""}
     if (folder / "run/summary.json").exists():
         summary = json.loads((folder / "run/summary.json").read_text())
         row |= {name: str(summary[name]) for name in row.keys() & summary.keys()}
@@ -64,8 +78,8 @@ def train(job: tuple[str, str, str, int]) -> Row:
 
 
 def curves(row: Row) -> dict[str, np.ndarray]:
-    path = HOME / row["fingerprint"] / row["bug"] / row["seed"] / "run/metrics.csv"
-    with open(path) as file:
+    folder = HOME / row["fingerprint"] / row["env_id"] / row["bug"] / row["seed"]
+    with open(folder / "run/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(x[f"losses/{name}"]) for x in rows]) for name in METRICS}
 
@@ -86,25 +100,53 @@ def betrayal(wrong: list[Row], right: list[Row]) -> str:
     return ", ".join(f"{name} ({start})" for start, name in sorted(found)[:3]) or "none of them"
 
 
-def report(rows: list[Row]) -> str:
-    right = {
-        script: [x for x in rows if x["bug"] == RIGHT and x["script"] == script] for script in ENVS
-    }
+def scores(members: list[Row]) -> list[float]:
+    return sorted(float(row["eval_return_mean"]) for row in members if not row["failed"])
+
+
+def report(groups: dict[tuple[str, str], list[Row]]) -> str:
     table = []
-    for (script, bug), members in grouped(rows, "script", "bug").items():
-        scores = [float(row["eval_return_mean"]) for row in members if not row["failed"]]
-        failed = members[0]["failed"].split(":")[0] if len(scores) < len(members) else ""
-        worst = f"{number(min(scores))} to {number(max(scores))}" if scores else ""
-        median = number(float(np.median(scores))) if scores else "-"
-        metrics = "" if bug == RIGHT else failed or betrayal(members, right[script])
-        table.append([bug, ENVS[script], median, worst, metrics])
-    header = ["bug", "environment", "evaluation, median", "all seeds"]
-    header += ["metrics that betray it (from which iteration on)"]
-    lines = [f"`{script}`: `{FLAGS[script]}`." for script in ENVS]
+    for bug in (RIGHT, *(path.stem for path in BUGS)):
+        cells = [bug]
+        for env_id in SCRIPTS:
+            members = groups.get((env_id, bug), [])
+            values, failed = scores(members), {row["failed"].split(":")[0] for row in members}
+            text = f"{number(float(np.median(values)))} ({number(values[0])} to "
+            text += f"{number(values[-1])})" if values else ""
+            cells.append(text if values else ", ".join(failed) or "-")
+            if bug == RIGHT or not values or len(values) < len(members):
+                cells.append("" if bug == RIGHT or not members else ", ".join(failed - {""}))
+            else:
+                cells.append(betrayal(members, groups[env_id, RIGHT]))
+        table.append(cells)
+    seeds = len(groups["CartPole-v1", RIGHT])
+    header = ["bug"]
+    for env_id in SCRIPTS:
+        header += [env_id, "betrayed by (from iteration)"]
+    lines = [f"{env_id}: `{SCRIPTS[env_id]} {FLAGS[env_id]}`." for env_id in SCRIPTS]
     return (
-        f"# Bugs\n\n{measured()}. `python tests/benchmarks/bugs.py`, {len(right['ppo.py'])} seeds, "
-        f"evaluation of 20 episodes. {' '.join(lines)}\n\n"
+        f"# Bugs\n\n{measured('mujoco')}. `python tests/benchmarks/bugs.py`. Evaluation of 20 "
+        f"episodes: median of {seeds} seeds (lowest to highest). {' '.join(lines)}\n\n"
     ) + markdown(header, table)
+
+
+def draw(groups: dict[tuple[str, str], list[Row]]) -> None:
+    """A dot a seed, a line at the right script's median; worst on CartPole on top."""
+    medians = {bug: np.median(scores(rows) or [0]) for (_, bug), rows in reversed(groups.items())}
+    names = sorted(medians, key=lambda bug: (bug != RIGHT, medians[bug]))[::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 6.5), sharey=True, layout="constrained")
+    for axis, env_id in zip(axes, SCRIPTS, strict=True):
+        axis.axvline(np.median(scores(groups[env_id, RIGHT])), color="tab:green", linewidth=1)
+        for y, bug in enumerate(names):
+            values = scores(groups.get((env_id, bug), []))
+            color = "tab:green" if bug == RIGHT else "tab:red"
+            axis.plot(values, [y] * len(values), "o", color=color, markersize=5, alpha=0.6)
+        axis.set_title(env_id, fontsize=10)
+        axis.set_xlabel("evaluation, one dot a seed", fontsize=9)
+        axis.grid(alpha=0.3, linewidth=0.5)
+        axis.tick_params(labelsize=8)
+    axes[0].set_yticks(range(len(names)), names)
+    figure.savefig(HERE / "figures/bugs.png", dpi=100, facecolor="white")
 
 
 def main() -> None:
@@ -113,16 +155,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     first, last = (int(x) for x in args.seeds.split("-"))
-    jobs = []
-    for script in ENVS:
-        bugs = [x for x in BUGS if re.search(rf"^--- a/{script}$", x.read_text(), re.MULTILINE)]
-        for bug in (RIGHT, *(path.stem for path in bugs)):
-            mark = fingerprint((ROOT / script).read_text())
-            jobs += [(script, bug, mark, seed) for seed in range(first, last + 1)]
+    jobs = [
+        (env_id, bug, seed)
+        for seed in range(first, last + 1)
+        for env_id in SCRIPTS
+        for bug in (RIGHT, *(path.stem for path in BUGS))
+    ]
     with ThreadPoolExecutor(args.processes) as pool:
-        rows = list(pool.map(train, jobs))
-    write(RESULTS / "bugs.csv", rows)
-    (RESULTS / "bugs.md").write_text(report(rows))
+        rows = [row for row in pool.map(train, jobs) if row]
+    groups = grouped(sorted(rows, key=lambda row: row["env_id"]), "env_id", "bug")
+    write(RESULTS / "bugs.csv", [row for members in groups.values() for row in members])
+    (RESULTS / "bugs.md").write_text(report(groups))
+    draw(groups)
 
 
 if __name__ == "__main__":

@@ -70,12 +70,12 @@ ABLATIONS = {
     "time-limit-as-death": "@time-limit-as-death",
     "default-init": "@default-init",
 }
-# "@name" among the flags: a changed script, old text -> new text
+# "@name" among the flags: a changed script, by old text -> new text, or by tests/modifications
 EDITS = {
     "@time-limit-as-death": {"next_values * (1 - terminations)": "next_values * (1 - dones)"},
     "@default-init": {
-        "nn.init.orthogonal_(linear.weight, gain)": "pass",
-        "nn.init.zeros_(linear.bias)": "pass",
+        "nn.init.orthogonal_(layer.weight, scale)": "pass",
+        "nn.init.zeros_(layer.bias)": "pass",
     },
 }
 SURROGATES = {
@@ -91,6 +91,13 @@ SURROGATES = {
     "fixed-3": "--surrogate kl-fixed --kl-coef 3",
     "fixed-10": "--surrogate kl-fixed --kl-coef 10",
 }
+MULTIPLIERS = {
+    "clip": "",
+    "kl-adaptive": "--surrogate kl-adaptive",
+    "lagrangian": "@lagrangian --surrogate kl-adaptive",
+}
+TANH = {"defaults": "", "tanh-squashed": "@tanh-squashed"}
+AUXILIARY = {"defaults": "", "shared-trunk": "@shared-trunk", "auxiliary": "@auxiliary"}
 P, C = "ppo.py", "ppo_continuous.py"
 EXPERIMENTS = {
     "cartpole": Experiment(P, 100, {"CartPole-v1": ""}),
@@ -103,6 +110,9 @@ EXPERIMENTS = {
     "atari": Experiment("ppo_atari.py", 2, {"PongNoFrameskip-v4": PONG}, OWN),
     "ablations": Experiment(C, 5, dict.fromkeys(FOUR[:2], ""), ABLATIONS),
     "table1": Experiment(C, 3, dict.fromkeys(FOUR, ""), SURROGATES),
+    "lagrangian": Experiment(C, 3, dict.fromkeys(("Hopper-v5", "Walker2d-v5"), ""), MULTIPLIERS),
+    "tanh_squashed": Experiment(C, 3, dict.fromkeys(("HalfCheetah-v5", "Walker2d-v5"), ""), TANH),
+    "auxiliary": Experiment(P, 5, {"CartPole-v1": "", "Acrobot-v1": ACROBOT}, AUXILIARY),
 }
 
 
@@ -170,15 +180,20 @@ def frozen(path: Path, edits: tuple[str, ...]) -> str:
     """Copy a script for the runs, whatever happens to it meanwhile; its fingerprint, unedited."""
     text = path.read_text()
     mark = fingerprint(text)
-    for name in edits:
-        for old, new in EDITS[name].items():
-            if text.count(old) != 1:
-                raise ValueError(f"{name}: {path} has {text.count(old)} times, not once: {old}")
-            text = text.replace(old, new)
     copy = RUNS.joinpath(f"{path.stem}-{mark}", *edits, path.name)
     copy.parent.mkdir(parents=True, exist_ok=True)
     temporary = copy.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(text)
+    for name in edits:
+        if name not in EDITS:
+            recipe = ROOT / f"tests/modifications/{name[1:].replace('-', '_')}.patch"
+            subprocess.run(["patch", "-s", temporary, recipe], check=True)
+            continue
+        for old, new in EDITS[name].items():
+            if text.count(old) != 1:
+                raise ValueError(f"{name}: {path} has {text.count(old)} times, not once: {old}")
+            text = text.replace(old, new)
+        temporary.write_text(text)
     temporary.replace(copy)
     return mark
 
