@@ -74,7 +74,7 @@ class Args:
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of the evaluation after training; 0: none
-    capture_video: bool = False  # films of up to 1,000 steps, of one environment
+    capture_video: bool = False  # film one environment, 1,000 steps at most
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account

@@ -6,13 +6,10 @@
 """PPO for Atari games from pixels. Read ppo.py first.
 
     python ppo_atari.py --env-id BreakoutNoFrameskip-v4    # 10M steps: hours on a CPU
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 ppo_atari.py
 
-From ppo.py differ: an emulator that steps all games in C++ threads, a convolutional network
-that actor and critic share, a lost life as the end of the bootstrap, the numbers in `Args`.
-From the paper: a constant clip range, 4 epochs, clipped values.
-
-"(critical: ...)" names a classic bug. ">>> shared" to "<<< shared": the same in all ppo*.py.
+Unlike ppo.py: an emulator that steps all games in C++ threads, a convolutional network that
+actor and critic share, a lost life as a termination, the numbers in `Args`. Unlike the paper:
+a constant clip range, 4 epochs, a clipped value loss, some numbers.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 [Nature] Mnih et al. 2015, "Human-level control through deep reinforcement learning".
@@ -53,7 +50,7 @@ class Args:
     gae_lambda: float = 0.95  # 0: trust the critic (bias), 1: the rewards (variance)
     norm_obs: bool = False  # not for pixels, which are scaled to [0, 1]
     norm_reward: bool = False  # divide by the std of discounted sums of rewards
-    sticky_actions: float | None = None  # chance to repeat the last action; default: the id's
+    sticky_actions: float | None = None  # chance to repeat the last action; None: the id's
     learning_rate: float = 2.5e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
     final_lr_fraction: float = 0.0  # what is left of it at the end
@@ -73,11 +70,11 @@ class Args:
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
     torch_threads: int = 0  # CPU threads; 1 suits small networks, 0: torch's choice
-    bf16: bool = False  # convolutions in bfloat16: faster where the processor knows it
+    bf16: bool = False  # the network in bfloat16: faster where supported
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of the evaluation after training; 0: none
-    capture_video: bool = False  # films of up to 1,000 steps, of one environment
+    capture_video: bool = False  # film one environment, 1,000 steps at most
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -88,9 +85,8 @@ class Args:
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
     """Build games that step together in C++; a film of the first goes into the folder `videos`.
 
-    Observations (N, 4, 84, 84), uint8: the last four frames. A step repeats its action for 4
-    frames; a game starts with up to 30 no-ops and FIRE. SameStep autoreset: the step that ends
-    a game returns the first observation of the next.
+    Observations (N, 4, 84, 84), uint8: the last four frames. A step is 4 frames, whatever the id;
+    a game starts with up to 30 no-ops and FIRE.
     """
     with on_error(refuse=f"--env-id {args.env_id}"):
         settings = gym.spec(args.env_id.removeprefix("ale_py:")).kwargs
@@ -129,12 +125,12 @@ class GameStatistics(gym.vector.VectorWrapper):
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
         self.episode_returns += rewards
         self.episode_lengths += 1
-        # Frame numbers fall where a new game has begun, not where only a life was lost
+        # Frame numbers fall at a new game, not at a lost life
         ended = truncations | (infos["episode_frame_number"] < self.frame_numbers)
         self.frame_numbers = infos["episode_frame_number"].copy()
         final_obs, infos["final_obs"] = infos.get("final_obs"), obs.copy()
         if ended.any():
-            infos["final_obs"][ended] = final_obs[ended]  # other rows of it are not filled
+            infos["final_obs"][ended] = final_obs[ended]  # its other rows are not filled
             infos["episode"] = {"r": self.episode_returns.copy(), "l": self.episode_lengths.copy()}
             infos["_episode"] = ended
             self.episode_returns[ended] = self.episode_lengths[ended] = 0
@@ -144,7 +140,7 @@ class GameStatistics(gym.vector.VectorWrapper):
 
     def close(self, **kwargs: Any) -> None:
         if self.frames:
-            save_video(self.frames, str(self.videos), lambda _: True, fps=15)
+            save_video(self.frames, str(self.videos), fps=15)
         super().close(**kwargs)
 
 
@@ -181,9 +177,8 @@ class Agent(nn.Module):
         self.bf16, num_actions = args.bf16, int(envs.single_action_space.n)
         conv1, conv2, conv3 = nn.Conv2d(4, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3)
         linear, relu = nn.Linear(64 * 7 * 7, 512), nn.ReLU()
-        self.network = nn.Sequential(  # [Nature], methods
-            conv1, relu, conv2, relu, conv3, relu, nn.Flatten(), linear, relu
-        )
+        layers = [conv1, relu, conv2, relu, conv3, relu, nn.Flatten(), linear, relu]  # [Nature]
+        self.network = nn.Sequential(*layers)
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
         gains = {self.actor: 0.01, self.critic: 1.0}  # 0.01: actions start about equally likely
         for layer in (conv1, conv2, conv3, linear, self.actor, self.critic):
@@ -191,7 +186,7 @@ class Agent(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def features(self, rows: Rows) -> Tensor:
-        """(N, 4, 84, 84) -> (N, 512); pixels are scaled to [0, 1]."""
+        """(N, 4, 84, 84) -> (N, 512); pixels in [0, 1]; channels_last is faster."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         with torch.autocast(rows["obs"].device.type, torch.bfloat16, enabled=self.bf16):
             pixels = rows["obs"].contiguous(memory_format=torch.channels_last).to(dtype) / 255

@@ -7,11 +7,9 @@
 
     python ppo_continuous.py --env-id HalfCheetah-v5    # 1M steps in minutes
 
-From ppo.py differ: a Gaussian policy, whose noise does not depend on the state, the scaling of
-actions, the numbers in `Args`. From the paper: 64 short rollouts instead of a long one, a floor
-under the noise, new advantages before each epoch, a learning rate that ends at a third.
-
-"(critical: ...)" names a classic bug. ">>> shared" to "<<< shared": the same in all ppo*.py.
+Unlike ppo.py: a Gaussian policy, whose noise does not depend on the state, the scaling of
+actions, the numbers in `Args`. Unlike the paper: 64 short rollouts, not one long one, a floor
+under the noise, new advantages before each epoch, annealing to a third, some numbers.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 """
@@ -49,7 +47,7 @@ class Args:
     gae_lambda: float = 0.95  # 0: trust the critic (bias), 1: the rewards (variance)
     norm_obs: bool = True  # normalize observations, where their scales differ
     norm_reward: bool = True  # divide by the std of discounted sums of rewards
-    init_log_std: float = -0.5  # first log std of the noise, where actions are in [-1, 1]
+    init_log_std: float = -0.5  # initial log std of the noise, on the [-1, 1] scale of actions
     min_log_std: float = -1.5  # its floor: lower allows more precision, higher is steadier
     learning_rate: float = 3e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
@@ -73,7 +71,7 @@ class Args:
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of the evaluation after training; 0: none
-    capture_video: bool = False  # films of up to 1,000 steps, of one environment
+    capture_video: bool = False  # film one environment, 1,000 steps at most
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -109,12 +107,12 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
 
 
 class ScaleAction(gym.vector.VectorActionWrapper):
-    """Stretch [-1, 1] to the bounds of actions, and clip: the agent keeps what it sampled."""
+    """Stretch [-1, 1] to the bounds of actions, and clip; the batch holds them as sampled."""
 
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
         super().__init__(envs)
         self.low, self.high = envs.single_action_space.low, envs.single_action_space.high
-        bounded = (self.low > -1e6) & (self.high < 1e6)  # larger ones are no bounds
+        bounded = (self.low > -1e6) & (self.high < 1e6)  # beyond: no bounds
         low, high = np.where(bounded, self.low, -1.0), np.where(bounded, self.high, 1.0)
         self.center, self.half_range = (low + high) / 2, (high - low) / 2
 
@@ -123,7 +121,7 @@ class ScaleAction(gym.vector.VectorActionWrapper):
         return actions.clip(self.low, self.high).astype(self.low.dtype)
 
 
-# The policy is a Gaussian; `dist` is its means and log standard deviations, (N, 2 * A).
+# The policy is a Gaussian; `dist` is its means and log standard deviations, (N, 2 * action_dim).
 def sample(dist: Tensor) -> Tensor:
     mean, log_std = dist.chunk(2, dim=-1)
     return mean + log_std.exp() * torch.randn_like(mean)
@@ -183,7 +181,7 @@ class Agent(nn.Module):
         return obs.float()
 
     def get_dist(self, features: Tensor) -> Tensor:
-        self.log_std.data.clamp_(min=self.min_log_std)  # in the graph, gradients would end there
+        self.log_std.data.clamp_(min=self.min_log_std)  # outside the graph: clamp's gradient is 0
         mean = self.actor(features)
         return torch.cat([mean, self.log_std.expand_as(mean)], dim=-1)
 
