@@ -15,7 +15,6 @@ later ones discounted by gamma. The value V(s) is the mean return from state s o
 critic estimates. The advantage of an action is how much more than V(s) it brings.
 
 "(critical: ...)" names a classic bug. ">>> shared" to "<<< shared": the same in all ppo*.py.
-
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 """
 
@@ -111,8 +110,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)  # infos["episode"]
 
 
-# The policy is a categorical distribution; `dist` is its log-probabilities, (N, actions).
-# flatten(1) changes nothing here; it allows K actions at once, (N, K, actions).
+# Categorical: `dist` is log-probabilities, (N, actions), or (N, K, actions) for K choices at once.
 def sample(dist: Tensor) -> Tensor:
     """Actions (N,). Gumbel-max trick: argmax(log p + g), g = -log(exponential), follows p."""
     return (dist - torch.empty_like(dist).exponential_().log()).argmax(dim=-1)
@@ -156,6 +154,7 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd((obs_dim,)) if args.norm_obs else None
         self.actor = mlp(obs_dim, num_actions, gain=0.01)  # actions start about equally likely
         self.critic = mlp(obs_dim, 1, gain=1.0)
+        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1: for schedules
 
     def features(self, rows: Rows) -> Tensor:
         """What both networks see, (N, obs). rows["obs"]: raw observations."""
@@ -334,8 +333,9 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             agent.obs_stats.update(next_obs)
     while state["global_step"] + batch_size <= args.total_timesteps:
         # ---- Phase 1: anneal the learning rate
-        progress = state["global_step"] / args.total_timesteps if args.anneal_lr else 0.0
-        fraction = 1 - progress * (1 - args.final_lr_fraction)
+        progress = state["global_step"] / args.total_timesteps
+        agent.progress.fill_(progress)
+        fraction = 1 - progress * (1 - args.final_lr_fraction) if args.anneal_lr else 1.0
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = float(fraction * rate)  # plain: `restore` loads no numpy
 

@@ -144,7 +144,7 @@ class GameStatistics(gym.vector.VectorWrapper):
         super().close(**kwargs)
 
 
-# The policy is a categorical distribution; `dist` is its log-probabilities, (N, actions).
+# Categorical: `dist` is log-probabilities, (N, actions).
 def sample(dist: Tensor) -> Tensor:
     """Actions (N,). Gumbel-max trick: argmax(log p + g), g = -log(exponential), follows p."""
     return (dist - torch.empty_like(dist).exponential_().log()).argmax(dim=-1)
@@ -181,6 +181,7 @@ class Agent(nn.Module):
         self.network = nn.Sequential(*layers)
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
         gains = {self.actor: 0.01, self.critic: 1.0}  # 0.01: actions start about equally likely
+        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1: for schedules
         for layer in (conv1, conv2, conv3, linear, self.actor, self.critic):
             nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
             nn.init.zeros_(layer.bias)
@@ -361,8 +362,9 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             agent.obs_stats.update(next_obs)
     while state["global_step"] + batch_size <= args.total_timesteps:
         # ---- Phase 1: anneal the learning rate
-        progress = state["global_step"] / args.total_timesteps if args.anneal_lr else 0.0
-        fraction = 1 - progress * (1 - args.final_lr_fraction)
+        progress = state["global_step"] / args.total_timesteps
+        agent.progress.fill_(progress)
+        fraction = 1 - progress * (1 - args.final_lr_fraction) if args.anneal_lr else 1.0
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = float(fraction * rate)  # plain: `restore` loads no numpy
 

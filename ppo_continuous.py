@@ -44,11 +44,11 @@ class Args:
     num_envs: int = 64  # N, environments in step; 1 to 64
     num_steps: int = 32  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.994  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
-    gae_lambda: float = 0.95  # 0: trust the critic (bias), 1: the rewards (variance)
+    gae_lambda: float = 0.9  # 0: trust the critic (bias), 1: the rewards (variance)
     norm_obs: bool = True  # normalize observations, where their scales differ
     norm_reward: bool = True  # divide by the std of discounted sums of rewards
     init_log_std: float = -0.5  # initial log std of the noise, on the [-1, 1] scale of actions
-    min_log_std: float = -1.5  # its floor: lower allows more precision, higher is steadier
+    min_log_std: float = -2.0  # its floor falls from there to this: exploration, then precision
     learning_rate: float = 3e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
     final_lr_fraction: float = 0.33  # what is left of it at the end
@@ -169,8 +169,9 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd((obs_dim,)) if args.norm_obs else None
         self.actor = mlp(obs_dim, action_dim, gain=0.01)  # actions start as noise around 0
         self.log_std = nn.Parameter(torch.full((action_dim,), args.init_log_std))
-        self.min_log_std = args.min_log_std
+        self.init_log_std, self.min_log_std = args.init_log_std, args.min_log_std
         self.critic = mlp(obs_dim, 1, gain=1.0)
+        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1: for schedules
 
     def features(self, rows: Rows) -> Tensor:
         """What both networks see, (N, obs). rows["obs"]: raw observations."""
@@ -181,7 +182,8 @@ class Agent(nn.Module):
         return obs.float()
 
     def get_dist(self, features: Tensor) -> Tensor:
-        self.log_std.data.clamp_(min=self.min_log_std)  # outside the graph: clamp's gradient is 0
+        floor = self.init_log_std + self.progress * (self.min_log_std - self.init_log_std)
+        self.log_std.data.clamp_(min=floor)  # outside the graph: clamp's gradient is 0
         mean = self.actor(features)
         return torch.cat([mean, self.log_std.expand_as(mean)], dim=-1)
 
@@ -351,8 +353,9 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             agent.obs_stats.update(next_obs)
     while state["global_step"] + batch_size <= args.total_timesteps:
         # ---- Phase 1: anneal the learning rate
-        progress = state["global_step"] / args.total_timesteps if args.anneal_lr else 0.0
-        fraction = 1 - progress * (1 - args.final_lr_fraction)
+        progress = state["global_step"] / args.total_timesteps
+        agent.progress.fill_(progress)
+        fraction = 1 - progress * (1 - args.final_lr_fraction) if args.anneal_lr else 1.0
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = float(fraction * rate)  # plain: `restore` loads no numpy
 

@@ -257,7 +257,7 @@ def test_state_dict_holds_the_statistics(
 
 @CONTINUOUS
 def test_noise_at_first_is_that_of_the_flag(make_agent: MakeAgent, observe: Observe) -> None:
-    for flags, expected in (({}, -0.5), ({"init_log_std": 0.25}, 0.25), ({"min_log_std": 1.0}, 1)):
+    for flags, expected in (({}, -0.5), ({"init_log_std": 0.25}, 0.25)):
         agent = make_agent(norm_obs=False, **flags)
         mean, log_std = agent.get_dist(agent.features(observe(50))).chunk(2, dim=-1)
         assert torch.equal(log_std, torch.full((50, 6), float(expected)))
@@ -270,6 +270,7 @@ def test_the_floor_under_the_noise_is_no_dead_end(
 ) -> None:
     """What has come down to the floor stays there, has a gradient as ever, and can rise again."""
     agent = make_agent(norm_obs=False, min_log_std=-1.5)
+    agent.progress.fill_(1.0)
     features, fallen = agent.features(observe(4)), torch.tensor([-9.0, -3.0, -1.6, -1.4, 0.0, 1.0])
     with torch.no_grad():
         agent.log_std.copy_(fallen)
@@ -284,3 +285,16 @@ def test_the_floor_under_the_noise_is_no_dead_end(
         torch.testing.assert_close(agent.log_std.grad, torch.full((6,), -float(direction)))
         optimizer.step()
         expected = (expected + direction).clamp(min=-1.5)
+
+
+@CONTINUOUS
+def test_the_floor_under_the_noise_falls_in_a_straight_line(
+    script: ModuleType, make_agent: MakeAgent, observe: Observe
+) -> None:
+    """From --init-log-std at the start of training to --min-log-std at its end."""
+    agent = make_agent(norm_obs=False, init_log_std=-0.5, min_log_std=-2.5)
+    for progress, floor in ((0.0, -0.5), (0.25, -1.0), (0.5, -1.5), (1.0, -2.5)):
+        agent.progress.fill_(progress)
+        agent.log_std.data.fill_(-9.0)
+        log_std = agent.get_dist(agent.features(observe(4))).chunk(2, dim=-1)[1]
+        torch.testing.assert_close(log_std, torch.full((4, 6), floor))

@@ -327,11 +327,14 @@ def test_learning_rates_are_annealed_together(monkeypatch: pytest.MonkeyPatch) -
     fractions = [({"anneal_lr": False}, 1.0), ({}, 1 / 8), ({"final_lr_fraction": 0.2}, 0.3)]
     for flags, last in fractions:  # of the last iteration, the eighth
         steps.clear()
-        rates = column(train(learning_rate=1e-3, **flags), "charts/learning_rate")
+        folder = train(learning_rate=1e-3, **flags)
+        rates = column(folder, "charts/learning_rate")
         expected = np.linspace(1e-3, last * 1e-3, 8)
         np.testing.assert_allclose(rates, expected)  # of --learning-rate
         assert len(steps) == 8 * 4
         np.testing.assert_allclose(steps[::4], np.stack([expected, expected / 10], axis=1))
+        agent = torch.load(f"{folder}/checkpoint.pt", weights_only=True)["agent"]
+        assert agent["progress"] == 7 / 8  # what other schedules read, also without anneal_lr
 
 
 @pytest.mark.parametrize("recompute", [False, True])

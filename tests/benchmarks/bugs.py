@@ -34,7 +34,7 @@ SCRIPTS = {"CartPole-v1": "ppo.py", "Hopper-v5": "ppo_continuous.py"}
 FLAGS = {
     "CartPole-v1": "--total-timesteps 100000 --num-minibatches 4 --norm-obs --norm-reward "
     "--target-kl None",
-    "Hopper-v5": "--total-timesteps 250000 --num-minibatches 8",
+    "Hopper-v5": "--total-timesteps 150000",
 }
 COMMON = "--eval-episodes 20 --no-cuda --torch-threads 1"
 METRICS = ("approx_kl", "old_approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm")

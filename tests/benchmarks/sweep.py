@@ -66,7 +66,7 @@ ABLATIONS = {
     "no-obs-norm": "--no-norm-obs",
     "no-reward-norm": "--no-norm-reward",
     "no-recompute": "--no-recompute-advantages",
-    "no-std-floor": "--min-log-std -20",
+    "no-std-floor": "--min-log-std -100",
     "time-limit-as-death": "@time-limit-as-death",
     "default-init": "@default-init",
 }
