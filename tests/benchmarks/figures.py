@@ -1,7 +1,7 @@
 """Draw figures of the tables in results/, and the clipped surrogate.
 
     python tests/benchmarks/figures.py mujoco table1   # of experiments: results/NAME.csv
-    python tests/benchmarks/figures.py first_minute    # what each of the scripts learns
+    python tests/benchmarks/figures.py first_minute    # what the scripts learn
     python tests/benchmarks/figures.py clip            # from `ppo_loss`, as Figure 1 of the paper
 
 An experiment with up to three settings becomes learning curves, which need its runs in runs/; one
@@ -26,11 +26,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 WINDOW = 100  # episodes behind a point of a learning curve
-FIRST_RUNS = {  # script -> experiment, environment
-    "ppo.py": ("cartpole", "CartPole-v1"),
-    "ppo_continuous.py": ("mujoco", "HalfCheetah-v5"),
-    "ppo_atari.py": ("atari", "PongNoFrameskip-v4"),
-}
+FIRST_RUNS = [  # experiment, environment
+    ("cartpole", "CartPole-v1"),
+    ("mujoco", "HalfCheetah-v5"),
+    ("mujoco", "Hopper-v5"),
+    ("mujoco", "Walker2d-v5"),
+    ("atari", "PongNoFrameskip-v4"),
+]
 
 
 def folder_of(row: Row) -> Path:
@@ -116,19 +118,19 @@ def draw_dots(rows: list[Row], path: Path) -> None:
 
 
 def draw_first_minute(path: Path) -> None:
-    runs = {}
-    for script, (name, env_id) in FIRST_RUNS.items():
+    runs = []
+    for name, env_id in FIRST_RUNS:
         rows = [row for row in read(RESULTS / f"{name}.csv") if row["env_id"] == env_id]
         if rows:
-            runs[script] = rows
+            runs.append(rows)
         else:
             print(f"no results of {env_id} in {name}.csv, left out")
     if not runs:
         sys.exit("nothing to draw")
-    figure, axes = panels(1, len(runs), 3.7, 2.8)
-    for axis, (script, rows) in zip(axes.flat, runs.items(), strict=True):
+    figure, axes = panels(1, len(runs), 2.9, 2.6)
+    for axis, rows in zip(axes.flat, runs, strict=True):
         plot_curve(axis, rows, "C0", "")
-        axis.set_title(f"{script}\n{rows[0]['env_id']}, {len(rows)} seeds", fontsize=10)
+        axis.set_title(f"{rows[0]['script']}\n{rows[0]['env_id']}, {len(rows)} seeds", fontsize=10)
     save(figure, path)
 
 
