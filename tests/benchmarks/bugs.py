@@ -111,13 +111,14 @@ def report(groups: dict[tuple[str, str], list[Row]]) -> str:
         for env_id in SCRIPTS:
             members = groups.get((env_id, bug), [])
             values, failed = scores(members), {row["failed"].split(":")[0] for row in members}
-            text = f"{number(float(np.median(values)))} ({number(values[0])} to "
-            text += f"{number(values[-1])})" if values else ""
-            cells.append(text if values else ", ".join(failed) or "-")
-            if bug == RIGHT or not values or len(values) < len(members):
-                cells.append("" if bug == RIGHT or not members else ", ".join(failed - {""}))
-            else:
-                cells.append(betrayal(members, groups[env_id, RIGHT]))
+            text = ", ".join(failed) or "-"
+            if values:
+                text = f"{number(float(np.median(values)))} "
+                text += f"({number(values[0])} to {number(values[-1])})"
+            metrics = ", ".join(failed - {""})
+            if bug != RIGHT and values and len(values) == len(members):
+                metrics = betrayal(members, groups[env_id, RIGHT])
+            cells += [text, metrics]
         table.append(cells)
     seeds = len(groups["CartPole-v1", RIGHT])
     header = ["bug"]
