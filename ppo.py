@@ -581,8 +581,8 @@ class Log:
 
     def summarize(self, evaluation: dict[str, Any]) -> None:
         names = ("global_step", "wall_time", "SPS", "train_return_last100")
-        names += ("eval_return_mean", "eval_return_std")
-        summary = {name: self.state.get(name) for name in names} | evaluation
+        summary = {name: self.state[name] for name in names}
+        summary |= {"eval_return_mean": None, "eval_return_std": None} | evaluation
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
         print(*(f"{name}={value}" for name, value in summary.items()), flush=True)
         if self.wandb:

@@ -296,12 +296,9 @@ def test_a_signal_ends_the_run_at_once_with_one_line(
     os.killpg(process.pid, number)
     process.join(10)
     assert process.exitcode == code
-    assert (
-        (tmp_path / "stderr")
-        .read_text()
-        .startswith("stopped; --resume continues from the checkpoint")
-    )
-    assert (tmp_path / "stderr").read_text().count("\n") == 1
+    message = (tmp_path / "stderr").read_text()
+    assert message.startswith("stopped; --resume continues from the checkpoint")
+    assert message.count("\n") == 1
     done = ppo.restore("run", {})["state"]["global_step"]
     run_main(ppo, "--resume", "run", "--total-timesteps", done + 64, "--eval-episodes", 0)
     assert column("run", "global_step") == list(range(64, done + 65, 64))

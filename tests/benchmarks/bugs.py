@@ -19,13 +19,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from figures import panels, save
 from sweep import fingerprint
 from tables import HERE, RESULTS, ROOT, RUNS, Row, grouped, markdown, measured, number, write
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 HOME = RUNS / "bugs"
 BUGS = sorted((ROOT / "tests/bugs").glob("*.patch"))
@@ -133,10 +130,14 @@ def report(groups: dict[tuple[str, str], list[Row]]) -> str:
 
 def draw(groups: dict[tuple[str, str], list[Row]]) -> None:
     """A dot a seed, a line at the right script's median; worst on CartPole on top."""
-    medians = {bug: np.median(scores(rows) or [0]) for (_, bug), rows in reversed(groups.items())}
-    names = sorted(medians, key=lambda bug: (bug != RIGHT, medians[bug]))[::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 6.5), sharey=True, layout="constrained")
-    for axis, env_id in zip(axes, SCRIPTS, strict=True):
+
+    def place(bug: str) -> tuple[bool, float]:
+        rows = groups.get(("CartPole-v1", bug)) or groups["Hopper-v5", bug]
+        return bug == RIGHT, -float(np.median(scores(rows) or [0]))
+
+    names = sorted({bug for _, bug in groups}, key=place)
+    figure, axes = panels(1, 2, 4.5, 6.1)
+    for axis, env_id in zip(axes.flat, SCRIPTS, strict=True):
         axis.axvline(np.median(scores(groups[env_id, RIGHT])), color="tab:green", linewidth=1)
         for y, bug in enumerate(names):
             values = scores(groups.get((env_id, bug), []))
@@ -144,10 +145,9 @@ def draw(groups: dict[tuple[str, str], list[Row]]) -> None:
             axis.plot(values, [y] * len(values), "o", color=color, markersize=5, alpha=0.6)
         axis.set_title(env_id, fontsize=10)
         axis.set_xlabel("evaluation, one dot a seed", fontsize=9)
-        axis.grid(alpha=0.3, linewidth=0.5)
-        axis.tick_params(labelsize=8)
-    axes[0].set_yticks(range(len(names)), names)
-    figure.savefig(HERE / "figures/bugs.png", dpi=100, facecolor="white")
+        axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [])
+        axis.set_ylim(-1, len(names))
+    save(figure, HERE / "figures/bugs.png")
 
 
 def main() -> None:
