@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "numpy>=1.26", "tyro==1.0.17", "wandb==0.31.0",
-#   "gymnasium[classic-control,mujoco,atari,other]==1.4.0"]
+#   "gymnasium[classic-control,other]==1.4.0"]
 # ///
 """PPO for discrete actions and vector observations, to be read from top to bottom.
 
@@ -45,7 +45,7 @@ class Args:
     total_timesteps: int = 150_000  # over all environments, in whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
     exp_name: str = Path(__file__).stem  # part of the folder's name
-    num_envs: int = 8  # N, environments in step; 1 to 64
+    num_envs: int = 8  # N, stepped together; 1 to 64
     num_steps: int = 32  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.98  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
     gae_lambda: float = 0.8  # 0: trust the critic (bias), 1: the rewards (variance)
@@ -53,16 +53,16 @@ class Args:
     norm_reward: bool = False  # divide by the std of discounted sums of rewards
     learning_rate: float = 1e-3  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
-    final_lr_fraction: float = 0.0  # what is left of it at the end
+    final_lr_fraction: float = 0.0  # share of the rate left at the end
     update_epochs: int = 10  # passes over each batch; 3 to 20
     num_minibatches: int = 1  # gradient steps per pass, usually of 64 to 512 rows
     recompute_advantages: bool = False  # before each later epoch
     norm_adv: bool = True  # normalize the advantages of each minibatch
-    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # keeps ratios near 1
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # keeps updates small
     clip_coef: float = 0.2  # epsilon: no gain from ratios beyond 1 +- epsilon; 0.1 to 0.3
     kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
-    target_kl: float | None = 0.02  # stop after an epoch with a higher approx_kl; 0.01 to 0.05
+    target_kl: float | None = 0.02  # end the update after an epoch of higher KL; 0.01 to 0.05
     clip_vloss: bool = False  # no gain from changing values by more than clip_coef
     vf_coef: float = 0.5  # weight of the value loss; more if explained_variance is low
     ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02
@@ -73,7 +73,7 @@ class Args:
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of the evaluation after training; 0: none
-    capture_video: bool = False  # film one environment, 1,000 steps at most
+    capture_video: bool = False  # film one environment, 1,000 steps a film
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -84,7 +84,7 @@ class Args:
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
     """Build environments that step together; the first is filmed into the folder `videos`.
 
-    SameStep: the step that ends an episode returns the first observation of the next, the last
+    SameStep: a step that ends an episode returns the first observation of the next; its own last
     is in infos["final_obs"]. (critical: gymnasium's default adds a step that ignores its action.)
     """
     built = []
@@ -110,7 +110,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)  # infos["episode"]
 
 
-# Categorical: `dist` is log-probabilities, (N, actions), or (N, K, actions) for K choices at once.
+# Categorical: `dist` is log-probabilities, (N, actions). K choices: (N, K, actions) works too.
 def sample(dist: Tensor) -> Tensor:
     """Actions (N,). Gumbel-max trick: argmax(log p + g), g = -log(exponential), follows p."""
     return (dist - torch.empty_like(dist).exponential_().log()).argmax(dim=-1)
@@ -145,7 +145,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Observation -> features -> policy and value."""
+    """Observation -> features (here: normalized) -> policy and value."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd((obs_dim,)) if args.norm_obs else None
         self.actor = mlp(obs_dim, num_actions, gain=0.01)  # actions start about equally likely
         self.critic = mlp(obs_dim, 1, gain=1.0)
-        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1: for schedules
+        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1: for your schedules
 
     def features(self, rows: Rows) -> Tensor:
         """What both networks see, (N, obs). rows["obs"]: raw observations."""
@@ -194,7 +194,7 @@ class RunningMeanStd(nn.Module):
         x = x.double()
         mean = all_mean(x.mean(dim=0))
         var = all_mean(((x - mean) ** 2).mean(dim=0))
-        share = len(x) / (self.count + len(x))  # counts are each process's, all equal
+        share = len(x) / (self.count + len(x))  # of one process; all have equal counts
         self.var += share * (var - self.var) + share * (1 - share) * (mean - self.mean) ** 2
         self.mean += share * (mean - self.mean)
         self.count += len(x)
@@ -320,14 +320,14 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     # A resumed run is not the uncut one: episodes begin anew, with other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
-    # First episodes get shorter time limits, all different, or all would stay in step
+    # First episodes get shorter time limits, all different, or all would end together
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
         if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
     past_sum = torch.zeros(N, device=device)  # discounted, for --norm-reward
     log = Log(args, folder, state) if rank == 0 else None
     if args.norm_obs and agent.obs_stats.count == 0:
-        for _ in range(T):  # uncounted steps give the statistics a scale
+        for _ in range(T):  # unrecorded steps give the statistics a scale
             dist = agent.get_dist(agent.features({"obs": next_obs})).detach()
             next_obs = torch.tensor(envs.step(sample(dist).cpu().numpy())[0], device=device)
             agent.obs_stats.update(next_obs)
@@ -337,7 +337,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         agent.progress.fill_(progress)
         fraction = 1 - progress * (1 - args.final_lr_fraction) if args.anneal_lr else 1.0
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = float(fraction * rate)  # plain: `restore` loads no numpy
+            group["lr"] = float(fraction * rate)  # `restore` loads no numpy
 
         # ---- Phase 2: rollout: the policy acts, and every transition is kept
         steps = []
@@ -359,7 +359,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 state["global_step"] += args.num_envs
                 if log and "episode" in infos:
                     log.episodes_ended(infos)
-        # (T, N, ...) each. Values follow in phase 3, log-probabilities in 4, all at once
+        # (T, N, ...) each. Phases 3 and 4 add values and log-probabilities: faster in one pass
         batch = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(scalars).to(device)
         if args.norm_reward:  # only the scale: a shift would change the task
@@ -372,7 +372,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
 
         # ---- Phase 3: advantages: how much better was an action than the policy's average?
         add_advantages(agent, args, batch)
-        # The share of the returns' variance that the critic foresaw: A = return - V
+        # 1: the critic foresaw the returns, below 0: worse than a constant. A = return - V
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
@@ -410,12 +410,12 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             elif kl > args.kl_target * 1.5:
                 state["kl_scale"] = min(state["kl_scale"] * 2, 1000)
         if args.norm_obs:
-            agent.obs_stats.update(flat["obs"])  # (critical: last, or no ratio starts at 1)
+            agent.obs_stats.update(flat["obs"])  # (critical: not earlier: ratios start at 1)
 
         # ---- Phase 5: record, and throw the batch away: its policy is gone
         metrics = {"charts/learning_rate": fraction * args.learning_rate}
         metrics["losses/explained_variance"] = explained
-        for name in all_stats[0]:  # means over all minibatches
+        for name in all_stats[0]:  # over this process's minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
         if not math.isfinite(metrics["losses/grad_norm"]):
             raise FloatingPointError("an observation, reward or gradient is NaN or infinite")
@@ -425,20 +425,20 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         torch.distributed.destroy_process_group()
     if log:
         log.save(modules)
-        log.summarize({"eval_episodes": 0})  # until `train` has evaluated
+        log.summarize({"eval_episodes": 0})  # `train` evaluates
     return log
 
 
 # <<< shared: algorithm
 # >>> shared: records
-# PPO ends here. What follows: evaluation, files, checks, command line.
+# PPO ends here. Below: evaluation, files, checks, command line.
 class BadInput(ValueError):
-    """What cannot be run as asked; `main` prints it as one line and exits with 2."""
+    """What cannot be run as asked: one line, exit code 2."""
 
 
 @contextlib.contextmanager
 def on_error(close: Any = (), refuse: str = "") -> Any:
-    """After an error: close environments (errors in that are dropped); refuse: as BadInput."""
+    """On an error, close environments (dropping errors of that); with `refuse`, raise BadInput."""
     try:
         yield
     except BaseException as error:
@@ -451,12 +451,12 @@ def on_error(close: Any = (), refuse: str = "") -> Any:
 
 
 def seed_all(*numbers: int) -> int:
-    """Seed all generators. numbers: seed, purpose (0 weights, 1 training, 2 evaluation), ..."""
+    """Seed everything. numbers: seed, purpose (0 weights, 1 training, 2 evaluation), ..."""
     seed, env_seed = np.random.SeedSequence(numbers).generate_state(2).tolist()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return env_seed % 2**30  # for environments; gymnasium adds i
+    return env_seed % 2**30  # of environment 0; i gets this + i
 
 
 def train(args: Args) -> str:
@@ -483,8 +483,8 @@ def train(args: Args) -> str:
 
 @torch.no_grad()
 def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict[str, Any]:
-    """Play an episode in each of --eval-episodes environments, 27,000 steps at most."""
-    device, returns = "cuda" if args.cuda else "cpu", np.full(args.eval_episodes, np.nan)
+    """Play one episode in each of --eval-episodes environments, cut at 27,000 steps."""
+    returns, device = np.full(args.eval_episodes, np.nan), "cuda" if args.cuda else "cpu"
     envs = make_envs(args, args.eval_episodes, videos)
     with on_error(close=[envs]), torch.random.fork_rng([0] if args.cuda else []):
         agent = Agent(envs, args).to(device)
@@ -518,7 +518,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(vars(args), indent=2, default=float))
         (folder / "script.py").write_bytes(Path(__file__).read_bytes())
-        for name, size in state["files"].items():  # without rows after the checkpoint
+        for name, size in state["files"].items():  # drop rows after the checkpoint
             with open(folder / name, "ab") as file:
                 file.truncate(min(size, file.tell()))
         if args.track:
@@ -538,7 +538,7 @@ class Log:
             self.state["episodes"] = [*self.state["episodes"][-99:], (r, length)]
 
     def iteration_ended(self, metrics: dict[str, float], modules: dict[str, Any]) -> None:
-        """Write a row. Every 2 s, or less often to take 1% of the time at most, print and save."""
+        """Write a row. Print and save every 2 s, or so seldom that saving takes 1% of the time."""
         state, now = self.state, time.monotonic()
         state["wall_time"] = round(now - self.start, 3)
         state["SPS"] = round(state["global_step"] / max(now - self.start, 1e-9))
@@ -554,7 +554,7 @@ class Log:
             print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
-            except OSError as error:  # try later; the save at the end raises
+            except OSError as error:  # later; the save at the end raises
                 print(f"{self.folder}/checkpoint.pt comes later: {error}", file=sys.stderr)
             self.next_save = now + max(2, 100 * (time.monotonic() - now))
 
@@ -590,7 +590,7 @@ class Log:
 
 
 def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
-    """Load the modules' states; returns the checkpoint. weights_only: it runs no code."""
+    """Load checkpoint[name] into each module; returns all. weights_only: runs no code."""
     try:
         checkpoint = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])  # raises for another script's
@@ -629,7 +629,7 @@ def check(args: Args, folder: Path) -> None:
 
 def main() -> None:
     """The command line. Bad input: one line, exit code 2. Ctrl-C: one line, 130."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit: closes all
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = tyro.cli(Args)
     try:
         if folder := args.evaluate or args.resume:  # reparse, its arguments as defaults

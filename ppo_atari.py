@@ -1,18 +1,18 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "numpy>=1.26", "tyro==1.0.17", "wandb==0.31.0",
-#   "ale-py==0.12.1", "gymnasium[classic-control,mujoco,atari,other]==1.4.0"]
+#   "ale-py==0.12.1", "gymnasium[atari,other]==1.4.0"]
 # ///
 """PPO for Atari games from pixels. Read ppo.py first.
 
     python ppo_atari.py --env-id BreakoutNoFrameskip-v4    # 10M steps: hours on a CPU
 
 Unlike ppo.py: an emulator that steps all games in C++ threads, a convolutional network that
-actor and critic share, a lost life as a termination, the numbers in `Args`. Unlike the paper:
+actor and critic share, a lost life as a termination, the defaults in `Args`. Unlike the paper:
 a constant clip range, 4 epochs, a clipped value loss, some numbers.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
-[Nature] Mnih et al. 2015, "Human-level control through deep reinforcement learning".
+[Nature] Mnih et al. 2015, Nature 518:529-533.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class Args:
     total_timesteps: int = 10_000_000  # over all environments, in whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
     exp_name: str = Path(__file__).stem  # part of the folder's name
-    num_envs: int = 8  # N, environments in step; 1 to 64
+    num_envs: int = 8  # N, stepped together; 1 to 64
     num_steps: int = 128  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.99  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
     gae_lambda: float = 0.95  # 0: trust the critic (bias), 1: the rewards (variance)
@@ -53,16 +53,16 @@ class Args:
     sticky_actions: float | None = None  # chance to repeat the last action; None: the id's
     learning_rate: float = 2.5e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
-    final_lr_fraction: float = 0.0  # what is left of it at the end
+    final_lr_fraction: float = 0.0  # share of the rate left at the end
     update_epochs: int = 4  # passes over each batch; 3 to 20
     num_minibatches: int = 4  # gradient steps per pass, usually of 64 to 512 rows
     recompute_advantages: bool = False  # before each later epoch
     norm_adv: bool = True  # normalize the advantages of each minibatch
-    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # keeps ratios near 1
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # keeps updates small
     clip_coef: float = 0.1  # epsilon: no gain from ratios beyond 1 +- epsilon; 0.1 to 0.3
     kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
-    target_kl: float | None = None  # stop after an epoch with a higher approx_kl; 0.01 to 0.05
+    target_kl: float | None = None  # end the update after an epoch of higher KL; 0.01 to 0.05
     clip_vloss: bool = True  # no gain from changing values by more than clip_coef
     vf_coef: float = 0.5  # weight of the value loss; more if explained_variance is low
     ent_coef: float = 0.01  # entropy bonus, if the policy settles too soon; 0 to 0.02
@@ -70,11 +70,11 @@ class Args:
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
     torch_threads: int = 0  # CPU threads; 1 suits small networks, 0: torch's choice
-    bf16: bool = False  # the network in bfloat16: faster where supported
+    bf16: bool = False  # features in bfloat16: faster where supported
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of the evaluation after training; 0: none
-    capture_video: bool = False  # film one environment, 1,000 steps at most
+    capture_video: bool = False  # film one environment, 1,000 steps a film
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -83,9 +83,9 @@ class Args:
 
 
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
-    """Build games that step together in C++; a film of the first goes into the folder `videos`.
+    """Build games that step together in C++; what the first sees is filmed into `videos`.
 
-    Observations (N, 4, 84, 84), uint8: the last four frames. A step is 4 frames, whatever the id;
+    Observations (N, 4, 84, 84), uint8: of the last 4 steps. A step is 4 frames, whatever the id;
     a game starts with up to 30 no-ops and FIRE.
     """
     with on_error(refuse=f"--env-id {args.env_id}"):
@@ -102,8 +102,8 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
             num_envs,
             autoreset_mode="SameStep",
             repeat_action_probability=sticky,
-            life_loss_info=True,  # a lost life is a termination, though the game goes on
-            reward_clipping=False,  # it would hide the score; GameStatistics clips
+            life_loss_info=True,  # a lost life is a termination
+            reward_clipping=False,  # GameStatistics clips them
         )
     return GameStatistics(envs, videos)
 
@@ -130,11 +130,11 @@ class GameStatistics(gym.vector.VectorWrapper):
         self.frame_numbers = infos["episode_frame_number"].copy()
         final_obs, infos["final_obs"] = infos.get("final_obs"), obs.copy()
         if ended.any():
-            infos["final_obs"][ended] = final_obs[ended]  # its other rows are not filled
+            infos["final_obs"][ended] = final_obs[ended]  # else obs: a lost life resets nothing
             infos["episode"] = {"r": self.episode_returns.copy(), "l": self.episode_lengths.copy()}
             infos["_episode"] = ended
             self.episode_returns[ended] = self.episode_lengths[ended] = 0
-        if self.videos:  # a film of the last 1,000 steps
+        if self.videos:  # the last 1,000 steps
             self.frames = [*self.frames[-999:], np.repeat(obs[0, -1, ..., None], 3, axis=-1)]
         return obs, np.clip(rewards, -1, 1), terminations, truncations, infos
 
@@ -156,17 +156,17 @@ def evaluation_action(dist: Tensor) -> Tensor:
 
 def log_prob(dist: Tensor, actions: Tensor) -> Tensor:
     """log p(action), (N,)"""
-    return dist.gather(-1, actions.unsqueeze(-1)).flatten(1).sum(dim=1)
+    return dist.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(dist: Tensor) -> Tensor:
     """H = -sum_a p(a) * log p(a), (N,)"""
-    return -(dist.exp() * dist).flatten(1).sum(dim=1)
+    return -(dist.exp() * dist).sum(dim=-1)
 
 
 def kl_divergence(old: Tensor, new: Tensor) -> Tensor:
     """KL[old || new] = sum_a old(a) * (log old(a) - log new(a)), exact, (N,)"""
-    return (old.exp() * (old - new)).flatten(1).sum(dim=1)
+    return (old.exp() * (old - new)).sum(dim=-1)
 
 
 class Agent(nn.Module):
@@ -181,13 +181,13 @@ class Agent(nn.Module):
         self.network = nn.Sequential(*layers)
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
         gains = {self.actor: 0.01, self.critic: 1.0}  # 0.01: actions start about equally likely
-        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1: for schedules
+        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1: for your schedules
         for layer in (conv1, conv2, conv3, linear, self.actor, self.critic):
             nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
             nn.init.zeros_(layer.bias)
 
     def features(self, rows: Rows) -> Tensor:
-        """(N, 4, 84, 84) -> (N, 512); pixels in [0, 1]; channels_last is faster."""
+        """(N, 4, 84, 84) -> (N, 512); pixels to [0, 1]; channels_last is faster."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         with torch.autocast(rows["obs"].device.type, torch.bfloat16, enabled=self.bf16):
             pixels = rows["obs"].contiguous(memory_format=torch.channels_last).to(dtype) / 255
@@ -223,7 +223,7 @@ class RunningMeanStd(nn.Module):
         x = x.double()
         mean = all_mean(x.mean(dim=0))
         var = all_mean(((x - mean) ** 2).mean(dim=0))
-        share = len(x) / (self.count + len(x))  # counts are each process's, all equal
+        share = len(x) / (self.count + len(x))  # of one process; all have equal counts
         self.var += share * (var - self.var) + share * (1 - share) * (mean - self.mean) ** 2
         self.mean += share * (mean - self.mean)
         self.count += len(x)
@@ -349,14 +349,14 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     # A resumed run is not the uncut one: episodes begin anew, with other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
-    # First episodes get shorter time limits, all different, or all would stay in step
+    # First episodes get shorter time limits, all different, or all would end together
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
         if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
     past_sum = torch.zeros(N, device=device)  # discounted, for --norm-reward
     log = Log(args, folder, state) if rank == 0 else None
     if args.norm_obs and agent.obs_stats.count == 0:
-        for _ in range(T):  # uncounted steps give the statistics a scale
+        for _ in range(T):  # unrecorded steps give the statistics a scale
             dist = agent.get_dist(agent.features({"obs": next_obs})).detach()
             next_obs = torch.tensor(envs.step(sample(dist).cpu().numpy())[0], device=device)
             agent.obs_stats.update(next_obs)
@@ -366,7 +366,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         agent.progress.fill_(progress)
         fraction = 1 - progress * (1 - args.final_lr_fraction) if args.anneal_lr else 1.0
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = float(fraction * rate)  # plain: `restore` loads no numpy
+            group["lr"] = float(fraction * rate)  # `restore` loads no numpy
 
         # ---- Phase 2: rollout: the policy acts, and every transition is kept
         steps = []
@@ -388,7 +388,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 state["global_step"] += args.num_envs
                 if log and "episode" in infos:
                     log.episodes_ended(infos)
-        # (T, N, ...) each. Values follow in phase 3, log-probabilities in 4, all at once
+        # (T, N, ...) each. Phases 3 and 4 add values and log-probabilities: faster in one pass
         batch = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(scalars).to(device)
         if args.norm_reward:  # only the scale: a shift would change the task
@@ -401,7 +401,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
 
         # ---- Phase 3: advantages: how much better was an action than the policy's average?
         add_advantages(agent, args, batch)
-        # The share of the returns' variance that the critic foresaw: A = return - V
+        # 1: the critic foresaw the returns, below 0: worse than a constant. A = return - V
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
@@ -439,12 +439,12 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             elif kl > args.kl_target * 1.5:
                 state["kl_scale"] = min(state["kl_scale"] * 2, 1000)
         if args.norm_obs:
-            agent.obs_stats.update(flat["obs"])  # (critical: last, or no ratio starts at 1)
+            agent.obs_stats.update(flat["obs"])  # (critical: not earlier: ratios start at 1)
 
         # ---- Phase 5: record, and throw the batch away: its policy is gone
         metrics = {"charts/learning_rate": fraction * args.learning_rate}
         metrics["losses/explained_variance"] = explained
-        for name in all_stats[0]:  # means over all minibatches
+        for name in all_stats[0]:  # over this process's minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
         if not math.isfinite(metrics["losses/grad_norm"]):
             raise FloatingPointError("an observation, reward or gradient is NaN or infinite")
@@ -454,20 +454,20 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         torch.distributed.destroy_process_group()
     if log:
         log.save(modules)
-        log.summarize({"eval_episodes": 0})  # until `train` has evaluated
+        log.summarize({"eval_episodes": 0})  # `train` evaluates
     return log
 
 
 # <<< shared: algorithm
 # >>> shared: records
-# PPO ends here. What follows: evaluation, files, checks, command line.
+# PPO ends here. Below: evaluation, files, checks, command line.
 class BadInput(ValueError):
-    """What cannot be run as asked; `main` prints it as one line and exits with 2."""
+    """What cannot be run as asked: one line, exit code 2."""
 
 
 @contextlib.contextmanager
 def on_error(close: Any = (), refuse: str = "") -> Any:
-    """After an error: close environments (errors in that are dropped); refuse: as BadInput."""
+    """On an error, close environments (dropping errors of that); with `refuse`, raise BadInput."""
     try:
         yield
     except BaseException as error:
@@ -480,12 +480,12 @@ def on_error(close: Any = (), refuse: str = "") -> Any:
 
 
 def seed_all(*numbers: int) -> int:
-    """Seed all generators. numbers: seed, purpose (0 weights, 1 training, 2 evaluation), ..."""
+    """Seed everything. numbers: seed, purpose (0 weights, 1 training, 2 evaluation), ..."""
     seed, env_seed = np.random.SeedSequence(numbers).generate_state(2).tolist()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return env_seed % 2**30  # for environments; gymnasium adds i
+    return env_seed % 2**30  # of environment 0; i gets this + i
 
 
 def train(args: Args) -> str:
@@ -512,8 +512,8 @@ def train(args: Args) -> str:
 
 @torch.no_grad()
 def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict[str, Any]:
-    """Play an episode in each of --eval-episodes environments, 27,000 steps at most."""
-    device, returns = "cuda" if args.cuda else "cpu", np.full(args.eval_episodes, np.nan)
+    """Play one episode in each of --eval-episodes environments, cut at 27,000 steps."""
+    returns, device = np.full(args.eval_episodes, np.nan), "cuda" if args.cuda else "cpu"
     envs = make_envs(args, args.eval_episodes, videos)
     with on_error(close=[envs]), torch.random.fork_rng([0] if args.cuda else []):
         agent = Agent(envs, args).to(device)
@@ -547,7 +547,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(vars(args), indent=2, default=float))
         (folder / "script.py").write_bytes(Path(__file__).read_bytes())
-        for name, size in state["files"].items():  # without rows after the checkpoint
+        for name, size in state["files"].items():  # drop rows after the checkpoint
             with open(folder / name, "ab") as file:
                 file.truncate(min(size, file.tell()))
         if args.track:
@@ -567,7 +567,7 @@ class Log:
             self.state["episodes"] = [*self.state["episodes"][-99:], (r, length)]
 
     def iteration_ended(self, metrics: dict[str, float], modules: dict[str, Any]) -> None:
-        """Write a row. Every 2 s, or less often to take 1% of the time at most, print and save."""
+        """Write a row. Print and save every 2 s, or so seldom that saving takes 1% of the time."""
         state, now = self.state, time.monotonic()
         state["wall_time"] = round(now - self.start, 3)
         state["SPS"] = round(state["global_step"] / max(now - self.start, 1e-9))
@@ -583,7 +583,7 @@ class Log:
             print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
-            except OSError as error:  # try later; the save at the end raises
+            except OSError as error:  # later; the save at the end raises
                 print(f"{self.folder}/checkpoint.pt comes later: {error}", file=sys.stderr)
             self.next_save = now + max(2, 100 * (time.monotonic() - now))
 
@@ -619,7 +619,7 @@ class Log:
 
 
 def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
-    """Load the modules' states; returns the checkpoint. weights_only: it runs no code."""
+    """Load checkpoint[name] into each module; returns all. weights_only: runs no code."""
     try:
         checkpoint = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])  # raises for another script's
@@ -658,7 +658,7 @@ def check(args: Args, folder: Path) -> None:
 
 def main() -> None:
     """The command line. Bad input: one line, exit code 2. Ctrl-C: one line, 130."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit: closes all
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = tyro.cli(Args)
     try:
         if folder := args.evaluate or args.resume:  # reparse, its arguments as defaults

@@ -96,7 +96,7 @@ def test_evaluation_of_atari_samples(script: ModuleType) -> None:
     assert actions.float().mean().item() == pytest.approx(0.3, abs=0.05)
 
 
-@DISCRETE
+@pytest.mark.parametrize("script", ["ppo"], indirect=True)
 def test_several_actions_at_once_add_up(script: ModuleType) -> None:
     """(N, K, actions): K independent choices in each of N rows, as of a MultiDiscrete space."""
     old, dist = torch.randn(2, 4000, 3, 2).log_softmax(dim=-1)

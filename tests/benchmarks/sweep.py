@@ -15,6 +15,7 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import tokenize
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,9 +122,16 @@ EXPERIMENTS = {
 
 
 def fingerprint(script: str) -> str:
-    """Of a script's text: what stands above its records, without blank and comment-only lines."""
-    lines = script.partition("# >>> shared: records")[0].splitlines()
-    code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+    """Of a script's code above its records: comments, docstrings and blank lines do not count."""
+    text = script.partition("# >>> shared: records")[0]
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        (row, column), (last, _) = token.start, token.end
+        if token.type == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column]
+        elif token.type == tokenize.STRING and token.string.startswith('"""'):
+            lines[row - 1 : last] = [""] * (last - row + 1)
+    code = [line.rstrip() for line in lines if line.strip()]
     return hashlib.sha256("\n".join(code).encode()).hexdigest()[:12]
 
 
