@@ -11,9 +11,13 @@ from helpers import ROOT, copy_scripts
 TESTS = Path(__file__).parent
 
 
-def failures(folder: Path, patch: str = "", script: str = "ppo") -> set[str]:
-    """The checks that fail on a copy of the script with the patch."""
+def failures(folder: Path, patch: str = "", script: str = "ppo", **edit: str) -> set[str]:
+    """The checks that fail on a copy of the script with the patch, or `old` replaced by `new`."""
     copy_scripts(folder, *([TESTS / f"{patch}.patch"] if patch else []))
+    if edit:
+        copy = folder / f"{script}.py"
+        assert edit["old"] in copy.read_text()
+        copy.write_text(copy.read_text().replace(edit["old"], edit["new"]))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["tests/conformance.py", "--script", folder / f"{script}.py"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -40,3 +44,18 @@ def test_modifications_conform(patch: str, script: str, tmp_path: Path) -> None:
 def test_a_bug_does_not(tmp_path: Path) -> None:
     names = {"test_advantages_are_those_of_gae", "test_a_time_limit_is_no_death"}
     assert failures(tmp_path, "bugs/time_limit_as_death") == names
+
+
+@pytest.mark.slow
+def test_frozen_parameters_conform(tmp_path: Path) -> None:
+    old = "        self.critic = mlp("
+    new = "        self.frozen = nn.Linear(2, 2).requires_grad_(False)\n"
+    assert failures(tmp_path, old=old, new=new + old) == set()
+
+
+@pytest.mark.slow
+def test_an_averaged_agent_without_the_statistics_does_not(tmp_path: Path) -> None:
+    old = '{"agent": agent, "optimizer"'
+    new = '{"agent": agent, "average": Agent(envs, args), "optimizer"'
+    names = {"test_resuming_loses_nothing_and_evaluating_repeats"}
+    assert failures(tmp_path, old=old, new=new) == names

@@ -120,7 +120,7 @@ def test_results_are_of_the_present_scripts(
     present = {f"{name}.py": fingerprint(text_of(name)) for name in NAMES}
     for path in (ROOT / "tests/benchmarks/results").glob("*.csv"):
         for row in read_csv(path):
-            if "fingerprint" in row:
+            if row.get("fingerprint", "peer") != "peer":
                 assert row["fingerprint"] == present[row["script"]], path.name
 
 
