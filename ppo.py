@@ -64,9 +64,9 @@ class Args:
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
     target_kl: float | None = 0.02  # end the update after an epoch of higher KL; 0.01 to 0.05
     clip_vloss: bool = False  # no gain from changing values by more than clip_coef
-    vf_coef: float = 0.5  # weight of the value loss; more if explained_variance is low
+    vf_coef: float = 0.2  # weight of the value loss; more if explained_variance is low
     ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02
-    max_grad_norm: float = 0.5  # clip the norm of all gradients
+    max_grad_norm: float = 0.1  # clip the norm of all gradients
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
     torch_threads: int = 1  # CPU threads; 1 suits small networks, 0: torch's choice
