@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.spaces import Box, Dict, Discrete, Space, Tuple
 
 Action = np.ndarray | np.integer | int
@@ -222,6 +223,13 @@ class Cue(gym.Env):
         return self.observe(), float(right), self.steps == 7, False, {}
 
 
+def positions(**kwargs: Any) -> gym.Env:
+    """CartPole without its velocities: who does not remember the last positions has to guess."""
+    env = CartPoleEnv(**kwargs)
+    seen = Box(env.observation_space.low[::2], env.observation_space.high[::2])
+    return gym.wrappers.TransformObservation(env, lambda obs: obs[::2], seen)
+
+
 class Locks(gym.Env):
     """Pays the share of right choices, of 3, 2 and 5, which are counted from 1, 0 and -2."""
 
@@ -288,4 +296,5 @@ register("Line", Place, limit=20)
 register("Northing", Place, limit=20, offset=4_500_000.0)
 register("Plain", Plain, limit=10)
 register("Cue", Cue)
+gym.register("Positions-v0", positions, max_episode_steps=500)
 register("Locks", Locks, limit=20)

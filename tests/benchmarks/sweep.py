@@ -93,12 +93,16 @@ SURROGATES = {
     "fixed-3": "--surrogate kl-fixed --kl-coef 3",
     "fixed-10": "--surrogate kl-fixed --kl-coef 10",
 }
+POSITIONS = """--total-timesteps 150000 --num-envs 16 --num-steps 64 --num-minibatches 4
+    --update-epochs 4 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward"""
+HIDDEN = {"envs:Positions-v0": POSITIONS, "envs:Cue-v0": "--total-timesteps 60000"}  # tests/envs.py
 MULTIPLIERS = {
     "clip": "",
     "kl-adaptive": "--surrogate kl-adaptive",
     "lagrangian": "@lagrangian --surrogate kl-adaptive",
 }
 TANH = {"defaults": "", "tanh-squashed": "@tanh-squashed"}
+RECURRENT = {"defaults": "", "recurrent": "@recurrent"}
 AUXILIARY = {"defaults": "", "shared-trunk": "@shared-trunk", "auxiliary": "@auxiliary"}
 P, C = "ppo.py", "ppo_continuous.py"
 EXPERIMENTS = {
@@ -112,6 +116,7 @@ EXPERIMENTS = {
     "atari": Experiment("ppo_atari.py", 2, {"PongNoFrameskip-v4": PONG}, OWN),
     "ablations": Experiment(C, 5, dict.fromkeys(FOUR[:2], ""), ABLATIONS),
     "table1": Experiment(C, 3, dict.fromkeys(FOUR, ""), SURROGATES),
+    "recurrent": Experiment(P, 3, HIDDEN, RECURRENT),
     "lagrangian": Experiment(C, 3, dict.fromkeys(("Hopper-v5", "Walker2d-v5"), ""), MULTIPLIERS),
     "tanh_squashed": Experiment(C, 3, dict.fromkeys(("HalfCheetah-v5", "Walker2d-v5"), ""), TANH),
     "auxiliary": Experiment(P, 5, {"CartPole-v1": "", "Acrobot-v1": ACROBOT}, AUXILIARY),
@@ -250,7 +255,7 @@ def start(job: Job, options: argparse.Namespace) -> subprocess.Popen | None:
         command += ["--compile" if options.compile else "--no-compile"]
         command += ["--cuda" if options.cuda else "--no-cuda"]
         print("$", *command, file=log, flush=True)
-        env = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+        env = os.environ | {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": f"{ROOT}/tests"}
         return subprocess.Popen(
             command, cwd=job.home, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
