@@ -50,7 +50,7 @@ class Args:
     gamma: float = 0.98  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
     gae_lambda: float = 0.8  # 0: trust the critic (bias), 1: the rewards (variance)
     norm_obs: bool = False  # normalize observations, where their scales differ
-    norm_reward: bool = False  # divide by the std of discounted sums of rewards
+    norm_reward: bool = False  # divide rewards by the std of discounted sums
     learning_rate: float = 1e-3  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
     final_lr_fraction: float = 0.0  # share of the rate left at the end
@@ -64,16 +64,16 @@ class Args:
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
     target_kl: float | None = 0.02  # end the update after an epoch of higher KL; 0.01 to 0.05
     clip_vloss: bool = False  # no gain from changing values by more than clip_coef
-    vf_coef: float = 0.2  # weight of the value loss; more if explained_variance is low
+    vf_coef: float = 0.5  # weight of the value loss; more if explained_variance is low
     ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02
-    max_grad_norm: float = 0.1  # clip the norm of all gradients
+    max_grad_norm: float = 0.5  # clip the norm of all gradients
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
     torch_threads: int = 1  # CPU threads; 1 suits small networks, 0: torch's choice
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
-    eval_episodes: int = 10  # of the evaluation after training; 0: none
-    capture_video: bool = False  # film one environment, 1,000 steps a film
+    eval_episodes: int = 10  # of an evaluation; 0: none after training
+    capture_video: bool = False  # film environment 0 at times, 1,000 steps
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -110,7 +110,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)  # infos["episode"]
 
 
-# Categorical: `dist` is log-probabilities, (N, actions). K choices: (N, K, actions) works too.
+# Categorical: `dist` is log-probabilities, (N, actions). K actions at once: (N, K, actions).
 def sample(dist: Tensor) -> Tensor:
     """Actions (N,). Gumbel-max trick: argmax(log p + g), g = -log(exponential), follows p."""
     return (dist - torch.empty_like(dist).exponential_().log()).argmax(dim=-1)
@@ -194,7 +194,7 @@ class RunningMeanStd(nn.Module):
         x = x.double()
         mean = all_mean(x.mean(dim=0))
         var = all_mean(((x - mean) ** 2).mean(dim=0))
-        share = len(x) / (self.count + len(x))  # of one process; all have equal counts
+        share = len(x) / (self.count + len(x))  # x, count: of one process; all equal
         self.var += share * (var - self.var) + share * (1 - share) * (mean - self.mean) ** 2
         self.mean += share * (mean - self.mean)
         self.count += len(x)
@@ -209,7 +209,7 @@ def compute_gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation ([GAE] eq. 16, [PPO] eq. 11-12): (A, returns = A + V).
+    """Generalized advantage estimation ([GAE] eq. 16, [PPO] 11-12): (A, A + V ~ the returns).
 
     All (T, N). next_values[t] = V(s_{t+1}), before any reset. terminations: s_{t+1} is terminal.
     dones: the episode ends there, by termination or by truncation (a time limit).
@@ -290,7 +290,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         "entropy": mean_entropy,
         # KL[old || new] estimated from samples (http://joschu.net/blog/kl-approx.html)
         "approx_kl": ((ratio - 1) - logratio).mean(),  # k3: never negative, little noise
-        "old_approx_kl": -logratio.mean(),  # k1: noisier; both are unbiased
+        "old_approx_kl": -logratio.mean(),  # k1: old, noisy; both unbiased
         "clipfrac": clipped.mean(),  # "clip": share of ratios outside 1 +- eps
     }
     return loss, {name: x.detach() for name, x in stats.items()}
@@ -320,7 +320,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     # A resumed run is not the uncut one: episodes begin anew, with other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
-    # First episodes get shorter time limits, all different, or all would end together
+    # Stagger the first time limits (environment 0: full), or all would end together
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
         if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
@@ -337,7 +337,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         agent.progress.fill_(progress)
         fraction = 1 - progress * (1 - args.final_lr_fraction) if args.anneal_lr else 1.0
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = float(fraction * rate)  # `restore` loads no numpy
+            group["lr"] = float(fraction * rate)  # not numpy's, for `restore`
 
         # ---- Phase 2: rollout: the policy acts, and every transition is kept
         steps = []
@@ -353,7 +353,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 next_obs = torch.tensor(next_obs, device=device)
                 dones[t] = np.maximum(terminations[t], truncated)
                 step["next_obs"] = next_obs.clone()
-                for i in np.flatnonzero(dones[t]):  # not the next episode's first
+                for i in np.flatnonzero(dones[t]):  # the ended episode's last obs
                     step["next_obs"][i] = torch.as_tensor(infos["final_obs"][i])
                 steps.append(step)
                 state["global_step"] += args.num_envs
@@ -398,7 +398,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 optimizer.step()
                 all_stats.append(stats)
             if args.target_kl is not None:
-                # Each KL was taken before its own step: what the last step did is missing
+                # Each KL precedes its own step: the first is 0, the last step goes unseen
                 kls = [stats["approx_kl"] for stats in all_stats[-args.num_minibatches :]]
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
@@ -410,7 +410,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             elif kl > args.kl_target * 1.5:
                 state["kl_scale"] = min(state["kl_scale"] * 2, 1000)
         if args.norm_obs:
-            agent.obs_stats.update(flat["obs"])  # (critical: not earlier: ratios start at 1)
+            agent.obs_stats.update(flat["obs"])  # (critical: last, or first ratios aren't 1)
 
         # ---- Phase 5: record, and throw the batch away: its policy is gone
         metrics = {"charts/learning_rate": fraction * args.learning_rate}
@@ -425,7 +425,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         torch.distributed.destroy_process_group()
     if log:
         log.save(modules)
-        log.summarize({"eval_episodes": 0})  # `train` evaluates
+        log.summarize({"eval_episodes": 0})  # until evaluated
     return log
 
 
@@ -438,7 +438,7 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def on_error(close: Any = (), refuse: str = "") -> Any:
-    """On an error, close environments (dropping errors of that); with `refuse`, raise BadInput."""
+    """On an error, close environments (ignoring its errors); with `refuse`, raise BadInput."""
     try:
         yield
     except BaseException as error:
@@ -538,7 +538,7 @@ class Log:
             self.state["episodes"] = [*self.state["episodes"][-99:], (r, length)]
 
     def iteration_ended(self, metrics: dict[str, float], modules: dict[str, Any]) -> None:
-        """Write a row. Print and save every 2 s, or so seldom that saving takes 1% of the time."""
+        """Write a row. Print and save every 2 s, less often if saving takes over 1% of the time."""
         state, now = self.state, time.monotonic()
         state["wall_time"] = round(now - self.start, 3)
         state["SPS"] = round(state["global_step"] / max(now - self.start, 1e-9))
@@ -567,7 +567,7 @@ class Log:
                     print(*row, sep=",", file=file)
                 print(*row.values(), sep=",", file=file)
                 self.state["files"][name] = file.tell()
-        except OSError as error:  # it may lack the file name
+        except OSError as error:  # so that it names the file
             raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
 
     def save(self, modules: dict[str, Any]) -> None:
