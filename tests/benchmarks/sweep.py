@@ -93,7 +93,7 @@ SURROGATES = {
     "fixed-3": "--surrogate kl-fixed --kl-coef 3",
     "fixed-10": "--surrogate kl-fixed --kl-coef 10",
 }
-POSITIONS = """--total-timesteps 150000 --num-envs 16 --num-steps 64 --num-minibatches 4
+POSITIONS = """--total-timesteps 300000 --num-envs 16 --num-steps 64 --num-minibatches 4
     --update-epochs 4 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward"""
 HIDDEN = {"envs:Positions-v0": POSITIONS, "envs:Cue-v0": "--total-timesteps 60000"}  # tests/envs.py
 MULTIPLIERS = {
