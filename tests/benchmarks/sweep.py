@@ -94,7 +94,7 @@ SURROGATES = {
     "fixed-10": "--surrogate kl-fixed --kl-coef 10",
 }
 POSITIONS = """--total-timesteps 300000 --num-envs 16 --num-steps 64 --num-minibatches 4
-    --update-epochs 4 --gamma 0.99 --gae-lambda 0.95 --norm-obs --norm-reward"""
+    --update-epochs 4 --gamma 0.99 --gae-lambda 0.95 --norm-obs"""
 HIDDEN = {"envs:Positions-v0": POSITIONS, "envs:Cue-v0": "--total-timesteps 60000"}  # tests/envs.py
 MULTIPLIERS = {
     "clip": "",
