@@ -2,16 +2,21 @@
 
     pip install -r tests/benchmarks/requirements.txt
     python tests/benchmarks/speed.py cartpole halfcheetah-sb3            # stable-baselines3
+    python tests/benchmarks/speed.py cartpole --against sbx --python VENV/bin/python
+    python tests/benchmarks/speed.py cartpole --against CLEANRL/ppo.py --python VENV/bin/python
     python tests/benchmarks/speed.py cartpole --against OTHER/FOLDER     # a copy of our scripts
 
 Ours, theirs, theirs, ours, ...: each in a process of its own, with as many torch threads and
 steps. The ratio of each pair and the median of the ratios count, as the speed of a machine drifts.
 The first fifth of the iterations, where libraries warm up and compile, is left out on both sides.
-Our records are on, stable-baselines3's are its Monitor and its logger. Results: results/speed.csv,
-a row a pair, and speed.md; with --against or --steps, runs/trials/speed.csv and .md instead.
+Our records are on, stable-baselines3's and SBX's are Monitor and logger, CleanRL's TensorBoard.
+CleanRL runs with its own defaults, in an environment of gymnasium 0.29.1 that has no v5 robots.
+Results: results/speed.csv, a row a pair, and speed.md; with --steps or against a copy of ours,
+runs/trials/speed.csv and .md instead.
 """
 
 import argparse
+import importlib
 import os
 import shutil
 import statistics
@@ -25,7 +30,7 @@ from typing import Any
 
 from tables import RESULTS, ROOT, RUNS, Row, grouped, markdown, measured, read, write
 
-SB3 = "stable-baselines3"
+SB3, SBX = "stable-baselines3", "sbx"
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,13 @@ def rate(steps: list[float], clock: list[float]) -> float:
     return (steps[-1] - steps[first]) / (clock[-1] - clock[first])
 
 
-def run(command: list[str], threads: int) -> str:
+def run(command: list[str], threads: int, python: str = sys.executable) -> str:
     """Run a Python program; returns what it printed."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [python, *command], env=env, cwd=folder, capture_output=True, text=True
+        )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     return done.stdout
@@ -105,10 +113,22 @@ def ours(script: Path, flags: list[str], threads: int) -> float:
     return rate(*([float(row[name]) for row in rows] for name in ("global_step", "wall_time")))
 
 
-def child(setting: Setting, steps: int) -> None:
-    """Train with stable-baselines3 and print its SPS."""
+def cleanrl(script: str, setting: Setting, steps: int, options: argparse.Namespace) -> float:
+    """It prints the steps a second since its start after each iteration."""
+    env_id = setting.env_id.replace("-v5", "-v4")
+    command = [script, "--env-id", env_id, "--total-timesteps", str(steps), "--no-cuda"]
+    lines = run(command, options.threads, options.python).splitlines()
+    rates = [float(line.split()[1]) for line in lines if line.startswith("SPS:")]
+    batch = setting.num_envs * setting.ppo.get("n_steps", 2048)
+    ends = [batch * (i + 1) for i in range(len(rates))]
+    return rate(ends, [end / sps for end, sps in zip(ends, rates, strict=True)])
+
+
+def child(setting: Setting, steps: int, library: str) -> None:
+    """Train with stable-baselines3 or SBX and print its SPS."""
     import torch
-    from stable_baselines3 import PPO
+
+    PPO = importlib.import_module(library.replace("-", "_")).PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecFrameStack
@@ -150,13 +170,18 @@ def measure(name: str, options: argparse.Namespace, copies: Path) -> list[Row]:
     for pair in range(1, options.pairs + 1):
         sps: dict[str, float] = {}
         for side in ("ours", "other") if pair % 2 else ("other", "ours"):  # undoes a drift
-            if side == "other" and options.against == SB3:
-                output = run([__file__, name, "--child", "--steps", str(steps)], threads)
-                sps[side] = float(output.splitlines()[-1])
+            if side == "other" and options.against in (SB3, SBX):
+                command = [__file__, name, "--child", "--steps", str(steps)]
+                command += ["--against", options.against]
+                sps[side] = float(run(command, threads, options.python).splitlines()[-1])
+            elif side == "other" and options.against.endswith(".py"):
+                script = str(Path(options.against).resolve())
+                sps[side] = cleanrl(script, setting, steps, options)
             else:
                 extra = options.other_flags.split() if side == "other" else []
                 sps[side] = ours(copies / side / setting.script, flags + extra, threads)
         row = {"setting": name, "flags": " ".join(more), "against": options.against}
+        row["against"] = "CleanRL" if row["against"].endswith(".py") else row["against"]
         row |= {"pair": str(pair), "ours": f"{sps['ours']:.0f}", "other": f"{sps['other']:.0f}"}
         row["ratio"] = f"{sps['ours'] / sps['other']:.3f}"
         row["measured"] = f"CPU, torch threads: {threads}. {measured()}"
@@ -196,22 +221,24 @@ def main() -> None:
     add("--pairs", type=int, default=5)
     add("--steps", type=int, help="instead of each setting's own number")
     add("--threads", type=int, default=1, help="of torch, on both sides (default 1)")
-    add("--against", default=SB3, help=f"{SB3} (default), or a folder with other copies of ours")
+    add("--against", default=SB3, help=f"{SB3} (default), {SBX}, CleanRL's file, a folder of ours")
+    add("--python", default=sys.executable, help="interpreter of the other side")
     add("--compile", action="store_true", help="ours with --compile (--against too)")
     add("--flags", default="", help='of ours (of --against too), as in --flags="--bf16"')
     add("--other-flags", default="", help="of the copy of --against only")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return child(SETTINGS[options.settings[0]], options.steps)
-    trial = options.against != SB3 or options.steps
+        return child(SETTINGS[options.settings[0]], options.steps, options.against)
+    copy_of_ours = Path(options.against).is_dir()
+    trial = copy_of_ours or options.steps
     path = (RUNS / "trials" if trial else RESULTS) / "speed.csv"
     with tempfile.TemporaryDirectory() as folder:
         for side, source in ("ours", ROOT), ("other", Path(options.against)):
             copies = Path(folder, side)
             copies.mkdir()
             for name in {SETTINGS[name].script for name in options.settings}:
-                if side == "ours" or options.against != SB3:
+                if side == "ours" or copy_of_ours:
                     shutil.copy(source / name, copies)  # edits made meanwhile do not reach it
         for name in options.settings:
             rows = measure(name, options, Path(folder))
