@@ -73,7 +73,7 @@ class Args:
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of an evaluation; 0: none after training
-    capture_video: bool = False  # film environment 0 at times, 1,000 steps
+    capture_video: bool = False  # film environment 0, 1,000 steps a film
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -337,7 +337,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         agent.progress.fill_(progress)
         fraction = 1 - progress * (1 - args.final_lr_fraction) if args.anneal_lr else 1.0
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = float(fraction * rate)  # not numpy's, for `restore`
+            group["lr"] = float(fraction * rate)  # args may be numpy's
 
         # ---- Phase 2: rollout: the policy acts, and every transition is kept
         steps = []
@@ -438,7 +438,7 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def on_error(close: Any = (), refuse: str = "") -> Any:
-    """On an error, close environments (ignoring its errors); with `refuse`, raise BadInput."""
+    """On an error, close environments (ignoring their errors); with `refuse`, raise BadInput."""
     try:
         yield
     except BaseException as error:

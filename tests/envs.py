@@ -1,6 +1,7 @@
 """Small environments for the tests. With tests/ on the path: --env-id envs:Name-v0."""
 
 import random
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -265,7 +266,9 @@ class Plain(gym.Env):
         return np.array([0.5, -0.5]), int(action), np.bool_(False), False, {}  # of float64
 
 
-def register(name: str, env: type[gym.Env], limit: int | None = None, **attributes: Any) -> None:
+def register(
+    name: str, env: Callable[..., gym.Env], limit: int | None = None, **attributes: Any
+) -> None:
     entry = f"{__name__}:{env.__name__}"
     gym.register(f"{name}-v0", entry, max_episode_steps=limit, kwargs=attributes)
 
@@ -296,5 +299,5 @@ register("Line", Place, limit=20)
 register("Northing", Place, limit=20, offset=4_500_000.0)
 register("Plain", Plain, limit=10)
 register("Cue", Cue)
-gym.register("Positions-v0", positions, max_episode_steps=500)
+register("Positions", positions, limit=500)
 register("Locks", Locks, limit=20)

@@ -300,7 +300,7 @@ def test_each_step_follows_the_clipped_gradient_of_its_minibatch(
 
     monkeypatch.setattr(ppo, "ppo_loss", watched)
     monkeypatch.setattr(torch.optim, "Adam", WatchedAdam)
-    folder = train(max_grad_norm=3.3, vf_coef=0.5)
+    folder = train(max_grad_norm=3.3)
     assert len(taken) == len(expected) == 8 * 4
     norms = torch.stack([gradient.norm() for gradient in expected])
     assert (norms > 3.3).any() and (norms < 3.3).any()

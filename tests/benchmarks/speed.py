@@ -113,10 +113,15 @@ def ours(script: Path, flags: list[str], threads: int) -> float:
     return rate(*([float(row[name]) for row in rows] for name in ("global_step", "wall_time")))
 
 
-def cleanrl(script: str, setting: Setting, steps: int, options: argparse.Namespace) -> float:
-    """It prints the steps a second since its start after each iteration."""
-    env_id = setting.env_id.replace("-v5", "-v4")
-    command = [script, "--env-id", env_id, "--total-timesteps", str(steps), "--no-cuda"]
+def peer(name: str, steps: int, options: argparse.Namespace) -> float:
+    """SPS of another implementation."""
+    setting, against = SETTINGS[name], options.against
+    if against in (SB3, SBX):
+        command = [__file__, name, "--child", "--steps", str(steps), "--against", against]
+        return float(run(command, options.threads, options.python).splitlines()[-1])
+    # CleanRL prints after each iteration the steps a second since its start
+    command = [os.path.abspath(against), "--env-id", setting.env_id.replace("-v5", "-v4")]
+    command += ["--total-timesteps", str(steps), "--no-cuda"]
     lines = run(command, options.threads, options.python).splitlines()
     rates = [float(line.split()[1]) for line in lines if line.startswith("SPS:")]
     batch = setting.num_envs * setting.ppo.get("n_steps", 2048)
@@ -170,18 +175,13 @@ def measure(name: str, options: argparse.Namespace, copies: Path) -> list[Row]:
     for pair in range(1, options.pairs + 1):
         sps: dict[str, float] = {}
         for side in ("ours", "other") if pair % 2 else ("other", "ours"):  # undoes a drift
-            if side == "other" and options.against in (SB3, SBX):
-                command = [__file__, name, "--child", "--steps", str(steps)]
-                command += ["--against", options.against]
-                sps[side] = float(run(command, threads, options.python).splitlines()[-1])
-            elif side == "other" and options.against.endswith(".py"):
-                script = str(Path(options.against).resolve())
-                sps[side] = cleanrl(script, setting, steps, options)
+            if side == "other" and not options.copied:
+                sps[side] = peer(name, steps, options)
             else:
                 extra = options.other_flags.split() if side == "other" else []
                 sps[side] = ours(copies / side / setting.script, flags + extra, threads)
-        row = {"setting": name, "flags": " ".join(more), "against": options.against}
-        row["against"] = "CleanRL" if row["against"].endswith(".py") else row["against"]
+        against = "CleanRL" if options.against.endswith(".py") else options.against
+        row = {"setting": name, "flags": " ".join(more), "against": against}
         row |= {"pair": str(pair), "ours": f"{sps['ours']:.0f}", "other": f"{sps['other']:.0f}"}
         row["ratio"] = f"{sps['ours'] / sps['other']:.3f}"
         row["measured"] = f"CPU, torch threads: {threads}. {measured()}"
@@ -230,15 +230,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         return child(SETTINGS[options.settings[0]], options.steps, options.against)
-    copy_of_ours = Path(options.against).is_dir()
-    trial = copy_of_ours or options.steps
+    options.python = os.path.abspath(shutil.which(options.python) or options.python)
+    options.copied = options.against not in (SB3, SBX) and not options.against.endswith(".py")
+    trial = options.copied or options.steps
     path = (RUNS / "trials" if trial else RESULTS) / "speed.csv"
     with tempfile.TemporaryDirectory() as folder:
         for side, source in ("ours", ROOT), ("other", Path(options.against)):
             copies = Path(folder, side)
             copies.mkdir()
             for name in {SETTINGS[name].script for name in options.settings}:
-                if side == "ours" or copy_of_ours:
+                if side == "ours" or options.copied:
                     shutil.copy(source / name, copies)  # edits made meanwhile do not reach it
         for name in options.settings:
             rows = measure(name, options, Path(folder))
