@@ -4,8 +4,8 @@
     python tests/benchmarks/figures.py first_minute    # what the scripts learn
     python tests/benchmarks/figures.py clip            # from `ppo_loss`, as Figure 1 of the paper
 
-An experiment with up to three settings becomes learning curves, which need its runs in runs/; one
-with more becomes a dot for each seed, for which the table is enough. Results: figures/NAME.png.
+An experiment with up to three settings becomes learning curves, of the rows that have one; one with
+more becomes a dot for each seed. Results: figures/NAME.png.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import matplotlib
 import numpy as np
 import torch
-from sweep import EXPERIMENTS, Job
+from sweep import EXPERIMENTS
 from tables import EVAL, HERE, RESULTS, ROOT, TRAIN, Row, grouped, read, score
 
 sys.path.insert(0, str(ROOT))
@@ -25,7 +25,6 @@ import ppo  # noqa: E402
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-WINDOW = 100  # episodes behind a point of a learning curve
 FIRST_RUNS = [  # experiment, environment
     ("cartpole", "CartPole-v1"),
     ("mujoco", "HalfCheetah-v5"),
@@ -35,35 +34,21 @@ FIRST_RUNS = [  # experiment, environment
 ]
 
 
-def folder_of(row: Row) -> Path:
-    flags = row["flags"].replace("--compile", "").replace("--cuda", "").strip()
-    names = ("script", "fingerprint", "env_id", "setting")
-    return Job(*(row[name] for name in names), int(row["seed"]), flags).folder
-
-
-def curve(row: Row, grid: np.ndarray) -> np.ndarray:
-    """Mean return of the last 100 episodes at each step of the grid; NaN before the first."""
-    path = folder_of(row) / "episodes.csv"
-    if not path.exists():
-        sys.exit(f"the run of seed {row['seed']} is not here: {path}")
-    steps, returns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2).T
-    total = np.concatenate([[0.0], returns.cumsum()])
-    ends = np.searchsorted(steps, grid, side="right")
-    starts = np.maximum(ends - WINDOW, 0)
-    counts = np.maximum(ends - starts, 1)
-    return np.where(ends > 0, (total[ends] - total[starts]) / counts, np.nan)
+def with_curve(name: str) -> list[Row]:
+    """The rows of results/NAME.csv that have a learning curve."""
+    return [row for row in read(RESULTS / f"{name}.csv") if row.get("curve")]
 
 
 def plot_curve(axis: plt.Axes, rows: list[Row], color: str, label: str) -> None:
     """Mean over seeds, and a band from the lowest to the highest."""
-    grid = np.linspace(0, max(int(row["global_step"]) for row in rows), 201)[1:]
-    curves = np.array([curve(row, grid) for row in rows])
-    seen = ~np.isnan(curves).any(axis=0)
-    grid, curves = grid[seen] / 1e6, curves[:, seen]
+    curves = np.array([row["curve"].split() for row in rows], float)
+    grid = int(rows[0]["global_step"]) / 1e6 * np.arange(1, curves.shape[1] + 1) / curves.shape[1]
+    seen = ~np.isnan(curves).any(axis=0)  # an episode of every seed has ended
+    grid, curves = grid[seen], curves[:, seen]
     axis.plot(grid, curves.mean(axis=0), color=color, label=label, linewidth=1.5)
     axis.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.2)
     axis.set_xlabel("environment steps (millions)", fontsize=9)
-    axis.set_ylabel(f"return, last {WINDOW} episodes", fontsize=9)
+    axis.set_ylabel("return, last 100 episodes", fontsize=9)
     axis.set_xlim(left=0)
 
 
@@ -120,11 +105,11 @@ def draw_dots(rows: list[Row], path: Path) -> None:
 def draw_first_minute(path: Path) -> None:
     runs = []
     for name, env_id in FIRST_RUNS:
-        rows = [row for row in read(RESULTS / f"{name}.csv") if row["env_id"] == env_id]
+        rows = [row for row in with_curve(name) if row["env_id"] == env_id]
         if rows:
             runs.append(rows)
         else:
-            print(f"no results of {env_id} in {name}.csv, left out")
+            print(f"no learning curves of {env_id} in {name}.csv, left out")
     if not runs:
         sys.exit("nothing to draw")
     figure, axes = panels(1, len(runs), 2.9, 2.6)
@@ -185,8 +170,12 @@ def main() -> None:
         elif name == "first_minute":
             draw_first_minute(path)
         elif rows := read(RESULTS / f"{name}.csv"):
-            draw = draw_curves if len(grouped(rows, "setting")) <= 3 else draw_dots
-            draw(rows, path)
+            if len(grouped(rows, "setting")) > 3:
+                draw_dots(rows, path)
+            elif rows := with_curve(name):
+                draw_curves(rows, path)
+            else:
+                sys.exit(f"no row of {RESULTS / name}.csv has a learning curve: train again")
         else:
             sys.exit(f"there is no {RESULTS / name}.csv")
 

@@ -4,11 +4,12 @@
     python tests/benchmarks/sweep.py mujoco --envs Hopper-v5 Walker2d-v5 --seeds 1-5
     python tests/benchmarks/sweep.py mujoco --envs Hopper-v5 --set "lambda-0.9:--gae-lambda 0.9"
 
-Finished runs are skipped and those cut off are resumed: the same command goes on where it was
-stopped. A run is known by its script's fingerprint, environment, flags and seed, so experiments
-that have one in common train it once. Runs: runs/SCRIPT-FINGERPRINT/ENVIRONMENT/FLAGS/SEED, their
-output beside them. Tables: results/NAME.csv, a row a run, and its summary, NAME.md. With --set,
---script-dir or --timesteps the runs are trials, whose table is runs/trials/NAME.md.
+Finished runs, here or in a table of results/, are skipped and those cut off are resumed: the same
+command goes on where it was stopped. A run is known by its script's fingerprint, environment, flags
+and seed, so experiments that have one in common train it once. Runs, their output beside them:
+runs/SCRIPT-FINGERPRINT/ENVIRONMENT/FLAGS/SEED. Tables: results/NAME.csv, a row a run, and its
+summary, NAME.md. With --set, --script-dir or --timesteps the runs are trials, whose table is
+runs/trials/NAME.md.
 """
 
 import argparse
@@ -28,12 +29,13 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from tables import EVAL, RESULTS, ROOT, RUNS, TRAIN, Row, read, report, score, write
 
 EVAL_EPISODES = 100
 COLUMNS = (
     "experiment script fingerprint env_id setting seed global_step train_return_last100 "
-    "eval_return_mean eval_return_std eval_episodes wall_time flags"
+    "eval_return_mean eval_return_std eval_episodes wall_time flags curve"
 ).split()
 
 
@@ -163,20 +165,53 @@ class Job:
     def log(self) -> Path:
         return self.folder.with_name(f"{self.seed}.log")
 
-    def finished(self) -> bool:
+    @property
+    def known(self) -> Row | None:
+        """Its row in some table of results/."""
+        return published().get((self.script, self.fingerprint, self.env_id, self.seed, self.flags))
+
+    def trained(self) -> bool:
         try:
             summary = json.loads((self.folder / "summary.json").read_text())
         except (OSError, ValueError):  # there is none, or it was cut off
             return False
         return summary["eval_episodes"] == EVAL_EPISODES
 
+    def finished(self) -> bool:
+        return self.trained() or self.known is not None
+
     def row(self, experiment: str) -> Row:
+        if not self.trained():
+            return self.known | {"experiment": experiment, "setting": self.setting}
         summary = json.loads((self.folder / "summary.json").read_text())
         config = json.loads((self.folder / "config.json").read_text())
         extra = "".join(f" --{name}" for name in ("compile", "cuda") if config[name])
         values = vars(self) | {"experiment": experiment, "flags": (self.flags + extra).strip()}
-        values = summary | values
+        values = summary | values | {"curve": curve(self.folder, summary["global_step"])}
         return {name: "" if values[name] is None else str(values[name]) for name in COLUMNS}
+
+
+@functools.cache
+def published() -> dict[tuple[str, str, str, int, str], Row]:
+    """The rows of all tables in results/, by run: whether it was compiled does not matter."""
+    rows = [row for path in sorted(RESULTS.glob("*.csv")) for row in read(path)]
+    runs = {}
+    for row in rows:
+        if "flags" in row:
+            flags = row["flags"].replace("--compile", "").replace("--cuda", "").strip()
+            run = (row["script"], row["fingerprint"], row["env_id"], int(row["seed"]), flags)
+            runs[run] = row
+    return runs
+
+
+def curve(run: Path, global_step: int) -> str:
+    """Mean return of the last 100 training episodes, at each fortieth of a run's steps."""
+    columns = np.loadtxt(run / "episodes.csv", delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2)
+    points = []
+    for k in range(1, 41):
+        returns = columns[columns[:, 0] <= global_step * k / 40, 1]
+        points.append(f"{returns[-100:].mean():.4g}" if len(returns) else "nan")
+    return " ".join(points)
 
 
 def merged(*texts: str) -> str:
@@ -235,12 +270,14 @@ def plan(options: argparse.Namespace) -> list[Job]:
 
 
 def start(job: Job, options: argparse.Namespace) -> subprocess.Popen | None:
-    """Start or resume a run; None where another process trains it."""
+    """Start or resume a run; None where another process trains it, or has."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "a") as log:
         try:  # the child inherits the lock, so that it holds as long as the run lives
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            return None
+        if job.finished():
             return None
         edits = edits_of(job.flags)
         command = [sys.executable, str(job.home.joinpath(*edits, job.script))]
@@ -275,7 +312,7 @@ def sweep(jobs: list[Job], options: argparse.Namespace) -> int:
                     running[process] = job
                 else:
                     ended += 1
-                    print(f"[{ended}/{total}] another process trains {job.folder}", flush=True)
+                    print(f"[{ended}/{total}] of another process: {job.folder}", flush=True)
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)

@@ -31,7 +31,8 @@ def write(path: Path, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        names = dict.fromkeys(name for row in rows for name in row)  # older rows have fewer
+        writer = csv.DictWriter(file, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     temporary.replace(path)
@@ -46,7 +47,8 @@ def measured(*packages: str, verb: str = "Measured") -> str:
     """When and with what."""
     names = ("torch", "gymnasium", "numpy", *packages)
     texts = [f"{name} {importlib.metadata.version(name)}" for name in names]
-    machine = f"{os.cpu_count()} CPU cores, python {sys.version.split()[0]}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = f"CPU cores: {cores}, python {sys.version.split()[0]}"
     return ", ".join([f"{verb} {time.strftime('%Y-%m-%d')}", machine, *texts])
 
 
