@@ -44,7 +44,7 @@ def train(job: tuple[str, str, int]) -> Row:
     returns, _ = evaluate_policy(agent, fresh, 100, return_episode_rewards=True)
     version = f"stable-baselines3 {stable_baselines3.__version__}"
     values = ["peers", version, "peer", env_id, setting, seed, agent.num_timesteps, last100]
-    values += [np.mean(returns), np.std(returns), 100, round(wall_time, 1), ""]
+    values += [np.mean(returns), np.std(returns), 100, round(wall_time, 1), "", ""]
     return dict(zip(COLUMNS, map(str, values), strict=True))
 
 
