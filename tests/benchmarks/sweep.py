@@ -197,7 +197,7 @@ def published() -> dict[tuple[str, str, str, int, str], Row]:
     rows = [row for path in sorted(RESULTS.glob("*.csv")) for row in read(path)]
     runs = {}
     for row in rows:
-        if "flags" in row:
+        if "fingerprint" in row and "flags" in row:
             flags = row["flags"].replace("--compile", "").replace("--cuda", "").strip()
             run = (row["script"], row["fingerprint"], row["env_id"], int(row["seed"]), flags)
             runs[run] = row
