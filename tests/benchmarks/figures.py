@@ -34,9 +34,9 @@ FIRST_RUNS = [  # experiment, environment
 ]
 
 
-def with_curve(name: str) -> list[Row]:
-    """The rows of results/NAME.csv that have a learning curve."""
-    return [row for row in read(RESULTS / f"{name}.csv") if row.get("curve")]
+def with_curve(rows: list[Row]) -> list[Row]:
+    """Those that have a learning curve."""
+    return [row for row in rows if row.get("curve")]
 
 
 def plot_curve(axis: plt.Axes, rows: list[Row], color: str, label: str) -> None:
@@ -105,7 +105,8 @@ def draw_dots(rows: list[Row], path: Path) -> None:
 def draw_first_minute(path: Path) -> None:
     runs = []
     for name, env_id in FIRST_RUNS:
-        rows = [row for row in with_curve(name) if row["env_id"] == env_id]
+        rows = with_curve(read(RESULTS / f"{name}.csv"))
+        rows = [row for row in rows if row["env_id"] == env_id]
         if rows:
             runs.append(rows)
         else:
@@ -172,8 +173,8 @@ def main() -> None:
         elif rows := read(RESULTS / f"{name}.csv"):
             if len(grouped(rows, "setting")) > 3:
                 draw_dots(rows, path)
-            elif rows := with_curve(name):
-                draw_curves(rows, path)
+            elif curves := with_curve(rows):
+                draw_curves(curves, path)
             else:
                 sys.exit(f"no row of {RESULTS / name}.csv has a learning curve: train again")
         else:
