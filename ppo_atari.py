@@ -333,14 +333,14 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     seed_all(args.seed, 0)  # without the rank: the same weights in all processes
     agent = Agent(envs, args).to(device)
-    parameters = list(agent.parameters())
+    parameters = [x for x in agent.parameters() if x.requires_grad]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     learning_rates = [group["lr"] for group in optimizer.param_groups]  # at the start
     reward_stats = RunningMeanStd().to(device)
     loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
     if N < args.num_envs:  # torchrun's processes split the environments
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
-    # All that --resume needs: what has a state_dict, and plain data
+    # What --resume needs: what has a state_dict, and plain data
     modules = {"agent": agent, "optimizer": optimizer, "reward_stats": reward_stats}
     state = {"global_step": 0, "kl_scale": 1.0, "wall_time": 0.0, "episodes": [], "columns": {}}
     state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
@@ -441,13 +441,14 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         if args.norm_obs:
             agent.obs_stats.update(flat["obs"])  # (critical: last, or first ratios aren't 1)
 
-        # ---- Phase 5: record, and throw the batch away: its policy is gone
+        # ---- Phase 5: record; the batch is thrown away
         metrics = {"charts/learning_rate": fraction * args.learning_rate}
         metrics["losses/explained_variance"] = explained
         for name in all_stats[0]:  # over this process's minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
         if not math.isfinite(metrics["losses/grad_norm"]):
-            raise FloatingPointError("an observation, reward or gradient is NaN or infinite")
+            bad = [name for name, x in flat.items() if not x.isfinite().all()]
+            raise FloatingPointError(f"NaN or infinite: {bad or 'gradient'}")
         if log:
             log.iteration_ended(metrics, modules)
     if torch.distributed.is_initialized():
@@ -467,7 +468,7 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def on_error(close: Any = (), refuse: str = "") -> Any:
-    """On an error, close environments (ignoring their errors); with `refuse`, raise BadInput."""
+    """On an error, close environments; with `refuse`, raise BadInput."""
     try:
         yield
     except BaseException as error:
@@ -512,7 +513,7 @@ def train(args: Args) -> str:
 
 @torch.no_grad()
 def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict[str, Any]:
-    """Play one episode in each of --eval-episodes environments, cut at 27,000 steps."""
+    """One episode in each of --eval-episodes environments, cut at 27,000 steps."""
     returns, device = np.full(args.eval_episodes, np.nan), "cuda" if args.cuda else "cpu"
     envs = make_envs(args, args.eval_episodes, videos)
     with on_error(close=[envs]), torch.random.fork_rng([0] if args.cuda else []):
@@ -531,7 +532,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
             if not playing.any():
                 break
         else:
-            print(f"evaluation: {playing.sum()} episodes cut at 27,000 steps", flush=True)
+            print(f"evaluation: {playing.sum()} episodes cut at 27,000 steps")
             returns[playing] = envs.episode_returns[playing]
         envs.close()
     mean, std = float(returns.mean()), float(returns.std())
@@ -567,7 +568,7 @@ class Log:
             self.state["episodes"] = [*self.state["episodes"][-99:], (r, length)]
 
     def iteration_ended(self, metrics: dict[str, float], modules: dict[str, Any]) -> None:
-        """Write a row. Print and save every 2 s, less often if saving takes over 1% of the time."""
+        """Write a row. Print and save every 2 s, less often if saving takes over 1% of time."""
         state, now = self.state, time.monotonic()
         state["wall_time"] = round(now - self.start, 3)
         state["SPS"] = round(state["global_step"] / max(now - self.start, 1e-9))
@@ -583,7 +584,7 @@ class Log:
             print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
-            except OSError as error:  # later; the save at the end raises
+            except OSError as error:  # the last save raises
                 print(f"{self.folder}/checkpoint.pt comes later: {error}", file=sys.stderr)
             self.next_save = now + max(2, 100 * (time.monotonic() - now))
 
@@ -648,7 +649,7 @@ def check(args: Args, folder: Path) -> None:
     processes, batch = int(os.environ.get("WORLD_SIZE", 1)), args.num_envs * args.num_steps
     rows = batch / processes / args.num_minibatches
     require("num_envs", args.num_envs % processes == 0, f"must divide by {processes} processes")
-    require("num_minibatches", rows % 1 == 0 and rows > 1, f"leaves {rows:g} rows in each")
+    require("num_minibatches", rows % 1 == 0 and rows > 1, f"leaves {rows:g} of {batch} rows each")
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -669,7 +670,7 @@ def main() -> None:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as error:
-        print("stopped; --resume continues from the checkpoint", file=sys.stderr)
+        print("stopped; --resume continues from the checkpoint, if any", file=sys.stderr)
         sys.exit(getattr(error, "code", 130))
 
 

@@ -297,7 +297,7 @@ def test_a_signal_ends_the_run_at_once_with_one_line(
     process.join(10)
     assert process.exitcode == code
     message = (tmp_path / "stderr").read_text()
-    assert message.startswith("stopped; --resume continues from the checkpoint")
+    assert message.startswith("stopped; --resume continues from the checkpoint, if any")
     assert message.count("\n") == 1
     done = ppo.restore("run", {})["state"]["global_step"]
     run_main(ppo, "--resume", "run", "--total-timesteps", done + 64, "--eval-episodes", 0)

@@ -472,10 +472,20 @@ def test_compile_gives_the_same_run(surrogate: str) -> None:
 # ---- what cannot go on
 
 
-@pytest.mark.parametrize("way", ["obs", "first", "final", "reward", "infinite", "huge"])
-def test_nan_and_infinity_stop_the_run(way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "names"),
+    [
+        ("obs", r"\['obs', "),
+        ("first", r"\['obs', "),
+        ("final", r"\['next_obs', "),
+        ("reward", r"\['rewards', "),
+        ("infinite", r"\['rewards', "),
+        ("huge", "gradient"),
+    ],
+)
+def test_nan_and_infinity_stop_the_run_and_are_named(way: str, names: str) -> None:
     """From step 50 on, in the fourth iteration; what was saved before is usable."""
-    with pytest.raises(FloatingPointError, match="observation, reward or gradient is NaN"):
+    with pytest.raises(FloatingPointError, match=f"NaN or infinite: {names}"):
         train(env_id=f"envs:Bad-{way}-v0", run_dir="run")
     assert len(metrics("run")) == 3
     checkpoint = torch.load("run/checkpoint.pt", weights_only=True)

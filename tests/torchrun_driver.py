@@ -80,6 +80,11 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
     real_statistics, real_reduce = script.RunningMeanStd, torch.distributed.all_reduce
     Numbered.built = steps = 0
 
+    class Agent(script.Agent):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)  # has no gradient
+
     def add_advantages(agent: Any, args: Any, batch: dict[str, Tensor]) -> None:
         made["agent"], made["threads"] = agent, group_threads()
         batches.append({k: batch[k].clone() for k in ("obs", "actions")})
@@ -106,7 +111,7 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
         return (steps * (1 + numbers)).float().sin().unsqueeze(1)
 
     patches = {"add_advantages": add_advantages, "ppo_loss": ppo_loss}
-    patches |= {"RunningMeanStd": statistics}
+    patches |= {"RunningMeanStd": statistics, "Agent": Agent}
     if "Numbered" in flags["env_id"]:
         patches["sample"] = prescribed
     with (
@@ -116,7 +121,8 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
         folder = script.train(script.Args(**flags))
     states = {k: made[k].state_dict() for k in ("agent", "reward_stats")}
     states |= {k: torch.stack([batch[k] for batch in batches]) for k in batches[0]}
-    states |= {"parameters": sum(x.numel() for x in made["agent"].parameters())}
+    learning = [x for x in made["agent"].parameters() if x.requires_grad]
+    states |= {"parameters": sum(x.numel() for x in learning)}
     threads = {"training": made["threads"], "trained": group_threads()}
     return states | {"betas": betas, "sizes": sizes, "threads": threads, "folder": folder}
 

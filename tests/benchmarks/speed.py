@@ -59,7 +59,7 @@ SETTINGS = {
     ),
     "halfcheetah-sb3": Setting(
         "HalfCheetah-v5, 1 env x 2048 steps, 10 epochs x 32 minibatches (stable-baselines3's "
-        "defaults, without normalization on both sides)",
+        "defaults, without normalization; CleanRL's script normalizes)",
         "ppo_continuous.py",
         "--num-envs 1 --num-steps 2048 --update-epochs 10 --num-minibatches 32 --gamma 0.99 "
         "--no-recompute-advantages --no-norm-obs --no-norm-reward --no-anneal-lr",
