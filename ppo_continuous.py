@@ -8,8 +8,8 @@
     python ppo_continuous.py --env-id HalfCheetah-v5  # 1M steps in minutes
 
 Unlike ppo.py: a Gaussian policy with the same noise in all states, the scaling of actions, the
-defaults in `Args`. Unlike the paper: 64 short rollouts, not a long one, a floor under the noise,
-new advantages before each epoch, learning rate annealed to 1/3, numbers.
+defaults in `Args`. Unlike the paper: 64 short rollouts, a floor under the noise, new advantages
+before each epoch, learning rate annealed to 1/3, some numbers.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 """
