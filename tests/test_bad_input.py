@@ -18,7 +18,7 @@ BAD = """
 --num-envs 0
 --num-steps -128
 --num-minibatches 3 -> --num-minibatches 3: leaves 85.3333 of 256 rows
---total-timesteps 256 --num-minibatches 256 -> --num-minibatches 256: leaves 1 of
+--total-timesteps 256 --num-minibatches 256 -> --num-minibatches 256: leaves 1 of 256 rows
 --update-epochs 0
 --gamma 1.01
 --gae-lambda nan
@@ -51,7 +51,7 @@ BAD = """
 --resume {other_network} -> size mismatch
 --evaluate {other_network} -> size mismatch
 WORLD_SIZE=3 --num-envs 4 -> --num-envs 4: must divide by 3 processes
-WORLD_SIZE=8 --num-steps 8 --num-minibatches 8 -> --num-minibatches 8: leaves 1 of
+WORLD_SIZE=8 --num-steps 8 --num-minibatches 8 -> --num-minibatches 8: leaves 1 of 64 rows
 WORLD_SIZE=2 --num-envs 2 --num-steps 15 --num-minibatches 2 -> leaves 7.5 of 30 rows
 """
 OTHERS = """
