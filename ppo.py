@@ -36,7 +36,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-Rows = dict[str, Tensor]  # "obs", "actions", ... of transitions, (T, N, ...) or (rows, ...)
+Rows = dict[str, Tensor]  # "obs", ... of transitions, (steps, envs, ...) or (rows, ...)
 
 
 @dataclass
@@ -56,15 +56,15 @@ class Args:
     final_lr_fraction: float = 0.0  # share of the rate left at the end
     update_epochs: int = 10  # passes over each batch; 3 to 20
     num_minibatches: int = 1  # gradient steps per pass, usually of 64 to 512 rows
-    recompute_advantages: bool = False  # before each later epoch
+    recompute_advantages: bool = False  # before epochs 2, 3, ...
     norm_adv: bool = True  # normalize the advantages of each minibatch
-    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # keeps updates small
-    clip_coef: float = 0.2  # epsilon: no gain from ratios beyond 1 +- epsilon; 0.1 to 0.3
-    kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # limits updates
+    clip_coef: float = 0.2  # epsilon: no gain if p_new/p_old leaves 1 +- epsilon; 0.1 to 0.3
+    kl_coef: float = 1.0  # beta, weight of the Kullback-Leibler (KL) penalty; kl-adaptive: at first
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
     target_kl: float | None = 0.02  # end the update after an epoch of higher KL; 0.01 to 0.05
     clip_vloss: bool = False  # no gain from changing values by more than clip_coef
-    vf_coef: float = 0.5  # weight of the value loss; more if explained_variance is low
+    vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02
     max_grad_norm: float = 0.5  # clip the norm of all gradients
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
@@ -317,7 +317,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
     if args.resume:
         state |= restore(folder, modules)["state"]
-    # A resumed run is not the uncut one: episodes begin anew, with other random numbers
+    # A resumed run is not the uncut one: new episodes, other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
     # Stagger the first time limits (environment 0: full), or all would end together
@@ -376,7 +376,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        # beta; a tensor, or --compile would compile anew for each value
+        # beta; a tensor, or --compile compiles each value anew
         kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
         all_stats = []
         for epoch in range(args.update_epochs):
@@ -417,7 +417,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         metrics["losses/explained_variance"] = explained
         for name in all_stats[0]:  # over this process's minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
-        if not math.isfinite(metrics["losses/grad_norm"]):
+        if not math.isfinite(metrics["losses/grad_norm"] + sum(x.sum() for x in agent.buffers())):
             bad = [name for name, x in flat.items() if not x.isfinite().all()]
             raise FloatingPointError(f"NaN or infinite: {bad or 'gradient'}")
         if log:
@@ -511,7 +511,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
 
 
 class Log:
-    """Files and wandb of a run; `state`, shared with `ppo`, is what --resume needs."""
+    """Files and wandb of a run; `state`, shared with `ppo`, is kept for --resume."""
 
     def __init__(self, args: Args, folder: Path, state: dict[str, Any]) -> None:
         self.args, self.folder, self.state, self.wandb = args, folder, state, None
@@ -594,7 +594,7 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
     """Load checkpoint[name] into each module; returns all. weights_only: runs no code."""
     try:
         checkpoint = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # raises for another script's
+        Args(**checkpoint["args"])  # raises for unknown flags
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:
@@ -623,8 +623,8 @@ def check(args: Args, folder: Path) -> None:
     require("num_minibatches", rows % 1 == 0 and rows > 1, f"leaves {rows:g} of {batch} rows each")
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
-    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    require("run_dir", free or args.resume or args.evaluate, "is not an empty folder")
+    free = args.resume or args.evaluate or not folder.exists() or int(os.environ.get("RANK", 0))
+    require("run_dir", free or folder.is_dir() and not any(folder.iterdir()), "is no empty folder")
     require("eval_episodes", args.eval_episodes > 0 or not args.evaluate, "must be above 0")
 
 

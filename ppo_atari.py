@@ -7,9 +7,9 @@
 
     python ppo_atari.py --env-id BreakoutNoFrameskip-v4    # 10M steps: hours on a CPU
 
-Unlike ppo.py: an emulator that steps all games in C++ threads, a convolutional network that
-actor and critic share, a lost life as a termination, the defaults in `Args`. Unlike the paper:
-a constant clip range, 4 epochs, a clipped value loss, some numbers.
+Unlike ppo.py: games step in C++ threads, actor and critic share a convolutional network, a lost
+life is a termination, rewards are clipped, evaluations sample, the defaults in `Args`. Unlike
+the paper: a constant clip range, 4 epochs, a clipped value loss, some numbers.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 [Nature] Mnih et al. 2015, Nature 518:529-533.
@@ -35,7 +35,7 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.utils.save_video import save_video
 from torch import Tensor, nn
 
-Rows = dict[str, Tensor]  # "obs", "actions", ... of transitions, (T, N, ...) or (rows, ...)
+Rows = dict[str, Tensor]  # "obs", ... of transitions, (steps, envs, ...) or (rows, ...)
 
 
 @dataclass
@@ -56,25 +56,25 @@ class Args:
     final_lr_fraction: float = 0.0  # share of the rate left at the end
     update_epochs: int = 4  # passes over each batch; 3 to 20
     num_minibatches: int = 4  # gradient steps per pass, usually of 64 to 512 rows
-    recompute_advantages: bool = False  # before each later epoch
+    recompute_advantages: bool = False  # before epochs 2, 3, ...
     norm_adv: bool = True  # normalize the advantages of each minibatch
-    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # keeps updates small
-    clip_coef: float = 0.1  # epsilon: no gain from ratios beyond 1 +- epsilon; 0.1 to 0.3
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # limits updates
+    clip_coef: float = 0.1  # epsilon: no gain if p_new/p_old leaves 1 +- epsilon; 0.1 to 0.3
     kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
     target_kl: float | None = None  # end the update after an epoch of higher KL; 0.01 to 0.05
     clip_vloss: bool = True  # no gain from changing values by more than clip_coef
-    vf_coef: float = 0.5  # weight of the value loss; more if explained_variance is low
+    vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.01  # entropy bonus, if the policy settles too soon; 0 to 0.02
     max_grad_norm: float = 0.5  # clip the norm of all gradients
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
-    torch_threads: int = 0  # CPU threads; 1 suits small networks, 0: torch's choice
+    torch_threads: int = 0  # CPU threads; 0: torch's choice
     bf16: bool = False  # features in bfloat16: faster where supported
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of an evaluation; 0: none after training
-    capture_video: bool = False  # film environment 0, 1,000 steps a film
+    capture_video: bool = False  # film environment 0's last 1,000 steps
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -86,7 +86,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     """Build games that step together in C++; what the first sees is filmed into `videos`.
 
     Observations (N, 4, 84, 84), uint8: of the last 4 steps. A step is 4 frames, whatever the id;
-    a game starts with up to 30 no-ops and FIRE.
+    games start with FIRE and no-ops, up to 30.
     """
     with on_error(refuse=f"--env-id {args.env_id}"):
         settings = gym.spec(args.env_id.removeprefix("ale_py:")).kwargs
@@ -346,7 +346,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
     if args.resume:
         state |= restore(folder, modules)["state"]
-    # A resumed run is not the uncut one: episodes begin anew, with other random numbers
+    # A resumed run is not the uncut one: new episodes, other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
     # Stagger the first time limits (environment 0: full), or all would end together
@@ -405,7 +405,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        # beta; a tensor, or --compile would compile anew for each value
+        # beta; a tensor, or --compile compiles each value anew
         kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
         all_stats = []
         for epoch in range(args.update_epochs):
@@ -446,7 +446,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         metrics["losses/explained_variance"] = explained
         for name in all_stats[0]:  # over this process's minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
-        if not math.isfinite(metrics["losses/grad_norm"]):
+        if not math.isfinite(metrics["losses/grad_norm"] + sum(x.sum() for x in agent.buffers())):
             bad = [name for name, x in flat.items() if not x.isfinite().all()]
             raise FloatingPointError(f"NaN or infinite: {bad or 'gradient'}")
         if log:
@@ -540,7 +540,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
 
 
 class Log:
-    """Files and wandb of a run; `state`, shared with `ppo`, is what --resume needs."""
+    """Files and wandb of a run; `state`, shared with `ppo`, is kept for --resume."""
 
     def __init__(self, args: Args, folder: Path, state: dict[str, Any]) -> None:
         self.args, self.folder, self.state, self.wandb = args, folder, state, None
@@ -623,7 +623,7 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
     """Load checkpoint[name] into each module; returns all. weights_only: runs no code."""
     try:
         checkpoint = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # raises for another script's
+        Args(**checkpoint["args"])  # raises for unknown flags
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:
@@ -652,8 +652,8 @@ def check(args: Args, folder: Path) -> None:
     require("num_minibatches", rows % 1 == 0 and rows > 1, f"leaves {rows:g} of {batch} rows each")
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
-    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    require("run_dir", free or args.resume or args.evaluate, "is not an empty folder")
+    free = args.resume or args.evaluate or not folder.exists() or int(os.environ.get("RANK", 0))
+    require("run_dir", free or folder.is_dir() and not any(folder.iterdir()), "is no empty folder")
     require("eval_episodes", args.eval_episodes > 0 or not args.evaluate, "must be above 0")
 
 

@@ -8,8 +8,8 @@
     python ppo_continuous.py --env-id HalfCheetah-v5  # 1M steps in minutes
 
 Unlike ppo.py: a Gaussian policy with the same noise in all states, the scaling of actions, the
-defaults in `Args`. Unlike the paper: 64 short rollouts, a floor under the noise, new advantages
-before each epoch, learning rate annealed to 1/3, some numbers.
+defaults in `Args`. Unlike the paper: normalized inputs and rewards, 64 short rollouts, a floor
+under the noise, new advantages each epoch, a rate annealed to 1/3.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 """
@@ -32,7 +32,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-Rows = dict[str, Tensor]  # "obs", "actions", ... of transitions, (T, N, ...) or (rows, ...)
+Rows = dict[str, Tensor]  # "obs", ... of transitions, (steps, envs, ...) or (rows, ...)
 
 
 @dataclass
@@ -54,16 +54,16 @@ class Args:
     final_lr_fraction: float = 0.33  # share of the rate left at the end
     update_epochs: int = 10  # passes over each batch; 3 to 20
     num_minibatches: int = 32  # gradient steps per pass, usually of 64 to 512 rows
-    recompute_advantages: bool = True  # before each later epoch
+    recompute_advantages: bool = True  # before epochs 2, 3, ...
     norm_adv: bool = True  # normalize the advantages of each minibatch
-    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # keeps updates small
-    clip_coef: float = 0.2  # epsilon: no gain from ratios beyond 1 +- epsilon; 0.1 to 0.3
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # limits updates
+    clip_coef: float = 0.2  # epsilon: no gain if p_new/p_old leaves 1 +- epsilon; 0.1 to 0.3
     kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
     target_kl: float | None = None  # end the update after an epoch of higher KL; 0.01 to 0.05
     clip_vloss: bool = False  # no gain from changing values by more than clip_coef
-    vf_coef: float = 0.25  # weight of the value loss; more if explained_variance is low
-    ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02
+    vf_coef: float = 0.25  # weight of the value loss
+    ent_coef: float = 0.0  # entropy bonus, usually 0
     max_grad_norm: float = 0.5  # clip the norm of all gradients
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
@@ -92,8 +92,8 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
         env = gym.make(args.env_id, disable_env_checker=True, **film)
         built.append(env)
         actions, obs_space = env.action_space, env.observation_space
-        if not isinstance(actions, gym.spaces.Box):
-            raise TypeError(f"its actions are {actions}, but ppo_continuous.py needs Box")
+        if not (isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f"):
+            raise TypeError(f"its actions are {actions}, but ppo_continuous.py needs float Box")
         if film:
             env = gym.wrappers.RecordVideo(env, str(videos), video_length=1000)
         if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1:
@@ -107,12 +107,12 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
 
 
 class ScaleAction(gym.vector.VectorActionWrapper):
-    """Stretch [-1, 1] to the bounds of actions, and clip; the batch holds the samples."""
+    """Stretch [-1, 1] to the bounds of actions, and clip; the batch has the raw samples."""
 
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
         super().__init__(envs)
         self.low, self.high = envs.single_action_space.low, envs.single_action_space.high
-        bounded = (self.low > -1e6) & (self.high < 1e6)  # else: no bounds
+        bounded = (self.low > -1e6) & (self.high < 1e6)  # else: as it is
         low, high = np.where(bounded, self.low, -1.0), np.where(bounded, self.high, 1.0)
         self.center, self.half_range = (low + high) / 2, (high - low) / 2
 
@@ -183,7 +183,7 @@ class Agent(nn.Module):
 
     def get_dist(self, features: Tensor) -> Tensor:
         floor = self.init_log_std + self.progress * (self.min_log_std - self.init_log_std)
-        self.log_std.data.clamp_(min=floor)  # outside the graph: no gradient below it
+        self.log_std.data.clamp_(min=floor)  # outside the graph: blocks no gradient
         mean = self.actor(features)
         return torch.cat([mean, self.log_std.expand_as(mean)], dim=-1)
 
@@ -337,7 +337,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
     if args.resume:
         state |= restore(folder, modules)["state"]
-    # A resumed run is not the uncut one: episodes begin anew, with other random numbers
+    # A resumed run is not the uncut one: new episodes, other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
     # Stagger the first time limits (environment 0: full), or all would end together
@@ -396,7 +396,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        # beta; a tensor, or --compile would compile anew for each value
+        # beta; a tensor, or --compile compiles each value anew
         kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
         all_stats = []
         for epoch in range(args.update_epochs):
@@ -437,7 +437,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         metrics["losses/explained_variance"] = explained
         for name in all_stats[0]:  # over this process's minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
-        if not math.isfinite(metrics["losses/grad_norm"]):
+        if not math.isfinite(metrics["losses/grad_norm"] + sum(x.sum() for x in agent.buffers())):
             bad = [name for name, x in flat.items() if not x.isfinite().all()]
             raise FloatingPointError(f"NaN or infinite: {bad or 'gradient'}")
         if log:
@@ -531,7 +531,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
 
 
 class Log:
-    """Files and wandb of a run; `state`, shared with `ppo`, is what --resume needs."""
+    """Files and wandb of a run; `state`, shared with `ppo`, is kept for --resume."""
 
     def __init__(self, args: Args, folder: Path, state: dict[str, Any]) -> None:
         self.args, self.folder, self.state, self.wandb = args, folder, state, None
@@ -614,7 +614,7 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
     """Load checkpoint[name] into each module; returns all. weights_only: runs no code."""
     try:
         checkpoint = torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # raises for another script's
+        Args(**checkpoint["args"])  # raises for unknown flags
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:
@@ -643,8 +643,8 @@ def check(args: Args, folder: Path) -> None:
     require("num_minibatches", rows % 1 == 0 and rows > 1, f"leaves {rows:g} of {batch} rows each")
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
-    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    require("run_dir", free or args.resume or args.evaluate, "is not an empty folder")
+    free = args.resume or args.evaluate or not folder.exists() or int(os.environ.get("RANK", 0))
+    require("run_dir", free or folder.is_dir() and not any(folder.iterdir()), "is no empty folder")
     require("eval_episodes", args.eval_episodes > 0 or not args.evaluate, "must be above 0")
 
 

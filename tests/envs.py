@@ -190,9 +190,10 @@ class Bad(Base):
     all_steps = 0
 
     def observe(self) -> np.ndarray:
-        steps = {"obs": range(11), "first": [0], "final": [10]}.get(self.way, [])
+        steps = {"obs": range(11), "first": [0], "endless": [0], "final": [10]}.get(self.way, [])
         bad = self.all_steps >= 50 and self.steps in steps
-        return np.full(2, np.nan if bad else 0.5, np.float32)
+        wrong = np.inf if self.way == "endless" else np.nan
+        return np.full(2, wrong if bad else 0.5, np.float32)
 
     def pay(self, action: Action) -> float:
         self.all_steps += 1
@@ -276,10 +277,11 @@ def register(
 for name, acts in (("", Discrete(2)), ("Box", Box(-1, 1, (1,), np.float32))):
     register(f"Constant{name}", Constant, action_space=acts)
     register(f"Counter{name}", Counter, action_space=acts)
+register("IntegerBox", Constant, action_space=Box(-3, 3, (1,), np.int32))
 register("Hundred", Constant, length=7, reward=100.0)
 register("Chain", Timer, length=3, terminates=True)
 register("Timer", Timer, length=11)
-for way in ("obs", "first", "final", "reward", "infinite", "huge"):
+for way in ("obs", "first", "endless", "final", "reward", "infinite", "huge"):
     register(f"Bad-{way}", Bad, way=way)
 register("Global", Global, limit=10)
 for coded, space in {

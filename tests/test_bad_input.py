@@ -1,5 +1,6 @@
 """Bad input: one line on stderr that names flag and value, exit code 2, nothing written."""
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -34,8 +35,8 @@ BAD = """
 --eval-episodes -1
 --final-lr-fraction 1.5
 --cuda -> --cuda True: no GPU
---run-dir {full} -> --run-dir {full}: is not an empty folder
---run-dir {file} -> --run-dir {file}: is not an empty folder
+--run-dir {full} -> --run-dir {full}: is no empty folder
+--run-dir {file} -> --run-dir {file}: is no empty folder
 --env-id CartPol-v1 -> `CartPol` doesn't exist. Did you mean: `CartPole`
 --env-id no_such_module:Some-v0
 --env-id Pendulum-v1 -> float32), but ppo.py needs Discrete
@@ -55,7 +56,8 @@ WORLD_SIZE=8 --num-steps 8 --num-minibatches 8 -> --num-minibatches 8: leaves 1 
 WORLD_SIZE=2 --num-envs 2 --num-steps 15 --num-minibatches 2 -> leaves 7.5 of 30 rows
 """
 OTHERS = """
---env-id CartPole-v1 -> actions are Discrete(2), but ppo_continuous.py needs Box
+--env-id CartPole-v1 -> actions are Discrete(2), but ppo_continuous.py needs float Box
+--env-id envs:IntegerBox-v0 -> int32), but ppo_continuous.py needs float Box
 --env-id envs:ConstantBox-v0 --capture-video -> --env-id envs:ConstantBox-v0:
 """
 CASES = [(ppo, line) for line in BAD.strip().splitlines()]
@@ -187,3 +189,14 @@ def test_an_unknown_surrogate_trains_nothing_else(
     with pytest.raises(ValueError, match="surrogate kl_adaptive"):
         ppo.train(tiny(ppo, surrogate="kl_adaptive", run_dir="run"))
     assert Path("run/metrics.csv").read_text() == ""
+
+
+def test_other_processes_may_start_after_the_first_has_filled_the_folder(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = tiny(ppo, run_dir=str(places["full"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, refusal in (("0", pytest.raises(ppo.BadInput)), ("1", contextlib.nullcontext())):
+        monkeypatch.setenv("RANK", rank)
+        with refusal:
+            ppo.check(args, places["full"])
