@@ -60,7 +60,7 @@ class Args:
     norm_adv: bool = True  # normalize the advantages of each minibatch
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # limits updates
     clip_coef: float = 0.2  # epsilon: no gain if p_new/p_old leaves 1 +- epsilon; 0.1 to 0.3
-    kl_coef: float = 1.0  # beta, weight of the Kullback-Leibler (KL) penalty; kl-adaptive: at first
+    kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
     target_kl: float | None = 0.02  # end the update after an epoch of higher KL; 0.01 to 0.05
     clip_vloss: bool = False  # no gain from changing values by more than clip_coef

@@ -63,7 +63,7 @@ class Args:
     target_kl: float | None = None  # end the update after an epoch of higher KL; 0.01 to 0.05
     clip_vloss: bool = False  # no gain from changing values by more than clip_coef
     vf_coef: float = 0.25  # weight of the value loss
-    ent_coef: float = 0.0  # entropy bonus, usually 0
+    ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02
     max_grad_norm: float = 0.5  # clip the norm of all gradients
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
@@ -92,8 +92,8 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
         env = gym.make(args.env_id, disable_env_checker=True, **film)
         built.append(env)
         actions, obs_space = env.action_space, env.observation_space
-        if not (isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f"):
-            raise TypeError(f"its actions are {actions}, but ppo_continuous.py needs float Box")
+        if not isinstance(actions, gym.spaces.Box):
+            raise TypeError(f"its actions are {actions}, but ppo_continuous.py needs Box")
         if film:
             env = gym.wrappers.RecordVideo(env, str(videos), video_length=1000)
         if isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1:

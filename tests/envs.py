@@ -277,7 +277,6 @@ def register(
 for name, acts in (("", Discrete(2)), ("Box", Box(-1, 1, (1,), np.float32))):
     register(f"Constant{name}", Constant, action_space=acts)
     register(f"Counter{name}", Counter, action_space=acts)
-register("IntegerBox", Constant, action_space=Box(-3, 3, (1,), np.int32))
 register("Hundred", Constant, length=7, reward=100.0)
 register("Chain", Timer, length=3, terminates=True)
 register("Timer", Timer, length=11)

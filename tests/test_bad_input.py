@@ -56,8 +56,7 @@ WORLD_SIZE=8 --num-steps 8 --num-minibatches 8 -> --num-minibatches 8: leaves 1 
 WORLD_SIZE=2 --num-envs 2 --num-steps 15 --num-minibatches 2 -> leaves 7.5 of 30 rows
 """
 OTHERS = """
---env-id CartPole-v1 -> actions are Discrete(2), but ppo_continuous.py needs float Box
---env-id envs:IntegerBox-v0 -> int32), but ppo_continuous.py needs float Box
+--env-id CartPole-v1 -> actions are Discrete(2), but ppo_continuous.py needs Box
 --env-id envs:ConstantBox-v0 --capture-video -> --env-id envs:ConstantBox-v0:
 """
 CASES = [(ppo, line) for line in BAD.strip().splitlines()]
