@@ -73,7 +73,7 @@ class Args:
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of an evaluation; 0: none after training
-    capture_video: bool = False  # film environment 0, 1,000 steps a film
+    capture_video: bool = False  # film environment 0, up to 1,000 steps
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -417,7 +417,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         metrics["losses/explained_variance"] = explained
         for name in all_stats[0]:  # over this process's minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
-        if not math.isfinite(metrics["losses/grad_norm"] + sum(x.sum() for x in agent.buffers())):
+        if not math.isfinite(metrics["losses/grad_norm"] + (args.norm_obs and flat["obs"].sum())):
             bad = [name for name, x in flat.items() if not x.isfinite().all()]
             raise FloatingPointError(f"NaN or infinite: {bad or 'gradient'}")
         if log:
@@ -624,7 +624,7 @@ def check(args: Args, folder: Path) -> None:
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
     free = args.resume or args.evaluate or not folder.exists() or int(os.environ.get("RANK", 0))
-    require("run_dir", free or folder.is_dir() and not any(folder.iterdir()), "is no empty folder")
+    require("run_dir", free or folder.is_dir() and not os.listdir(folder), "is not an empty folder")
     require("eval_episodes", args.eval_episodes > 0 or not args.evaluate, "must be above 0")
 
 

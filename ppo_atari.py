@@ -9,7 +9,7 @@
 
 Unlike ppo.py: games step in C++ threads, actor and critic share a convolutional network, a lost
 life is a termination, rewards are clipped, evaluations sample, the defaults in `Args`. Unlike
-the paper: a constant clip range, 4 epochs, a clipped value loss, some numbers.
+the paper: a constant clip range, 4 epochs, a clipped value loss.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 [Nature] Mnih et al. 2015, Nature 518:529-533.
@@ -69,12 +69,12 @@ class Args:
     max_grad_norm: float = 0.5  # clip the norm of all gradients
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
-    torch_threads: int = 0  # CPU threads; 0: torch's choice
+    torch_threads: int = 0  # CPU threads; 1 suits small networks, 0: torch's choice
     bf16: bool = False  # features in bfloat16: faster where supported
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of an evaluation; 0: none after training
-    capture_video: bool = False  # film environment 0's last 1,000 steps
+    capture_video: bool = False  # film environment 0, up to 1,000 steps
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
@@ -446,7 +446,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         metrics["losses/explained_variance"] = explained
         for name in all_stats[0]:  # over this process's minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
-        if not math.isfinite(metrics["losses/grad_norm"] + sum(x.sum() for x in agent.buffers())):
+        if not math.isfinite(metrics["losses/grad_norm"] + (args.norm_obs and flat["obs"].sum())):
             bad = [name for name, x in flat.items() if not x.isfinite().all()]
             raise FloatingPointError(f"NaN or infinite: {bad or 'gradient'}")
         if log:
@@ -653,7 +653,7 @@ def check(args: Args, folder: Path) -> None:
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
     free = args.resume or args.evaluate or not folder.exists() or int(os.environ.get("RANK", 0))
-    require("run_dir", free or folder.is_dir() and not any(folder.iterdir()), "is no empty folder")
+    require("run_dir", free or folder.is_dir() and not os.listdir(folder), "is not an empty folder")
     require("eval_episodes", args.eval_episodes > 0 or not args.evaluate, "must be above 0")
 
 

@@ -35,8 +35,8 @@ BAD = """
 --eval-episodes -1
 --final-lr-fraction 1.5
 --cuda -> --cuda True: no GPU
---run-dir {full} -> --run-dir {full}: is no empty folder
---run-dir {file} -> --run-dir {file}: is no empty folder
+--run-dir {full} -> --run-dir {full}: is not an empty folder
+--run-dir {file} -> --run-dir {file}: is not an empty folder
 --env-id CartPol-v1 -> `CartPol` doesn't exist. Did you mean: `CartPole`
 --env-id no_such_module:Some-v0
 --env-id Pendulum-v1 -> float32), but ppo.py needs Discrete

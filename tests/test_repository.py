@@ -19,8 +19,7 @@ NAMES = ("ppo", "ppo_continuous", "ppo_atari")
 CARD = {"gymnasium", "numpy", "torch", "tyro", "wandb"}
 SIMULATORS = {"ppo": set(), "ppo_continuous": {"mujoco"}, "ppo_atari": {"ale-py"}}
 ENV_IDS = {"ppo": "CartPole-v1", "ppo_continuous": "Pendulum-v1", "ppo_atari": "PongNoFrameskip-v4"}
-# Other ids; not for pixels; a larger network; one film
-OWN_HELP = {("ppo_atari", flag) for flag in "env_id norm_obs torch_threads capture_video".split()}
+OWN_HELP = {("ppo_atari", "env_id"), ("ppo_atari", "norm_obs")}  # other ids; not for pixels
 OWN_FLAGS = {
     "ppo": set(),
     "ppo_continuous": {"init_log_std", "min_log_std"},
