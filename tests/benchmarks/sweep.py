@@ -56,7 +56,7 @@ LUNAR_LANDER = """--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-
 SWIMMER = """--num-envs 4 --num-steps 1024 --num-minibatches 16 --learning-rate 6e-4 --gamma 0.9999
     --gae-lambda 0.98"""
 ANT = "--gamma 0.99 --num-minibatches 8 --no-norm-obs --init-log-std -1.5"
-HUMANOID = "--gamma 0.99"
+HUMANOID = "--gamma 0.99 --learning-rate 1e-4 --init-log-std -1"
 PENDULUM = """--total-timesteps 200000 --num-envs 16 --num-steps 128 --learning-rate 1e-3
     --final-lr-fraction 0 --gamma 0.95"""
 PONG = """--total-timesteps 3000000 --num-envs 16 --num-steps 128 --update-epochs 3
