@@ -69,7 +69,7 @@ def loss_and_gradients_of_the_cpu() -> None:
         loss, stats = ppo.ppo_loss(agent, args, mb, torch.tensor(0.5, device=device))
         loss.backward()
         stats |= {name: parameter.grad for name, parameter in agent.named_parameters()}
-        results.append({name: x.cpu() for name, x in stats.items()})
+        results.append({name: x.to("cpu", copy=True) for name, x in stats.items()})
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
 
 
