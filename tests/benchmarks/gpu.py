@@ -20,6 +20,7 @@ RUNS = [
     (*BREAKOUT, "--cuda --bf16"),
     (*BREAKOUT, "--cuda --bf16 --compile"),
     (*BREAKOUT, "--cuda --compile"),
+    (*BREAKOUT, "--cuda --update-epochs 1"),
     (*CHEETAH, "--cuda"),
     (*CHEETAH, "--no-cuda"),
 ]
