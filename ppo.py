@@ -56,7 +56,7 @@ class Args:
     final_lr_fraction: float = 0.0  # share of the rate left at the end
     update_epochs: int = 10  # passes over each batch; 3 to 20
     num_minibatches: int = 1  # gradient steps per pass, usually of 64 to 512 rows
-    recompute_advantages: bool = False  # before epochs 2, 3, ...
+    recompute_advantages: bool = False  # between epochs, by the newer critic
     norm_adv: bool = True  # normalize the advantages of each minibatch
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # limits updates
     clip_coef: float = 0.2  # epsilon: no gain if p_new/p_old leaves 1 +- epsilon; 0.1 to 0.3
@@ -84,8 +84,8 @@ class Args:
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
     """Build environments that step together; the first is filmed into the folder `videos`.
 
-    SameStep: a step that ends an episode returns the first observation of the next; its own last
-    is in infos["final_obs"]. (critical: gymnasium's default adds a step that ignores its action.)
+    SameStep: a step that ends an episode returns the next one's first observation; the old one's
+    last: infos["final_obs"]. (critical: gymnasium's default adds a step that ignores its action.)
     """
     built = []
 
@@ -110,7 +110,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)  # infos["episode"]
 
 
-# Categorical: `dist` is log-probabilities, (N, actions). K actions at once: (N, K, actions).
+# Categorical: `dist` is log-probabilities, (N, actions). K choices a step: (N, K, actions).
 def sample(dist: Tensor) -> Tensor:
     """Actions (N,). Gumbel-max trick: argmax(log p + g), g = -log(exponential), follows p."""
     return (dist - torch.empty_like(dist).exponential_().log()).argmax(dim=-1)
@@ -290,7 +290,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         "entropy": mean_entropy,
         # KL[old || new] estimated from samples (http://joschu.net/blog/kl-approx.html)
         "approx_kl": ((ratio - 1) - logratio).mean(),  # k3: never negative, little noise
-        "old_approx_kl": -logratio.mean(),  # k1: old, noisy; both unbiased
+        "old_approx_kl": -logratio.mean(),  # k1: noisier; both unbiased
         "clipfrac": clipped.mean(),  # "clip": share of ratios outside 1 +- eps
     }
     return loss, {name: x.detach() for name, x in stats.items()}
@@ -317,10 +317,10 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
     if args.resume:
         state |= restore(folder, modules)["state"]
-    # A resumed run is not the uncut one: new episodes, other random numbers
+    # A resumed run is not the same: new episodes, other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
-    # Stagger the first time limits (environment 0: full), or all would end together
+    # Stagger the first time limits (environment 0: full): else all end together
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
         if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
@@ -372,11 +372,11 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
 
         # ---- Phase 3: advantages: how much better was an action than the policy's average?
         add_advantages(agent, args, batch)
-        # 1: the critic foresaw the returns, below 0: worse than a constant. A = return - V
+        # Explained variance (A = return - V): 1 is perfect, below 0 worse than a constant
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        # beta; a tensor, or --compile compiles each value anew
+        # beta, as a tensor: --compile compiles each new number
         kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
         all_stats = []
         for epoch in range(args.update_epochs):
@@ -398,7 +398,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 optimizer.step()
                 all_stats.append(stats)
             if args.target_kl is not None:
-                # Each KL precedes its own step: the first is 0, the last step goes unseen
+                # Taken before each step: 0 in the first minibatch, blind to the last step
                 kls = [stats["approx_kl"] for stats in all_stats[-args.num_minibatches :]]
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
@@ -410,7 +410,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             elif kl > args.kl_target * 1.5:
                 state["kl_scale"] = min(state["kl_scale"] * 2, 1000)
         if args.norm_obs:
-            agent.obs_stats.update(flat["obs"])  # (critical: last, or first ratios aren't 1)
+            agent.obs_stats.update(flat["obs"])  # (critical: not before; first ratios must be 1)
 
         # ---- Phase 5: record; the batch is thrown away
         metrics = {"charts/learning_rate": fraction * args.learning_rate}

@@ -5,11 +5,11 @@
 # ///
 """PPO for Atari games from pixels. Read ppo.py first.
 
-    python ppo_atari.py --env-id BreakoutNoFrameskip-v4    # 10M steps: hours on a CPU
+    python ppo_atari.py --env-id BreakoutNoFrameskip-v4  # 10M steps: hours on a CPU
 
 Unlike ppo.py: games step in C++ threads, actor and critic share a convolutional network, a lost
 life is a termination, rewards are clipped, evaluations sample, the defaults in `Args`. Unlike
-the paper: a constant clip range, 4 epochs, a clipped value loss.
+the paper, mainly: a constant clip range, 4 epochs, a clipped value loss.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 [Nature] Mnih et al. 2015, Nature 518:529-533.
@@ -56,7 +56,7 @@ class Args:
     final_lr_fraction: float = 0.0  # share of the rate left at the end
     update_epochs: int = 4  # passes over each batch; 3 to 20
     num_minibatches: int = 4  # gradient steps per pass, usually of 64 to 512 rows
-    recompute_advantages: bool = False  # before epochs 2, 3, ...
+    recompute_advantages: bool = False  # between epochs, by the newer critic
     norm_adv: bool = True  # normalize the advantages of each minibatch
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # limits updates
     clip_coef: float = 0.1  # epsilon: no gain if p_new/p_old leaves 1 +- epsilon; 0.1 to 0.3
@@ -70,7 +70,7 @@ class Args:
     cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
     torch_deterministic: bool = True  # reproducible cuDNN kernels
     torch_threads: int = 0  # CPU threads; 1 suits small networks, 0: torch's choice
-    bf16: bool = False  # features in bfloat16: faster where supported
+    bf16: bool = False  # features in bfloat16: faster on some CPUs
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of an evaluation; 0: none after training
@@ -319,7 +319,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         "entropy": mean_entropy,
         # KL[old || new] estimated from samples (http://joschu.net/blog/kl-approx.html)
         "approx_kl": ((ratio - 1) - logratio).mean(),  # k3: never negative, little noise
-        "old_approx_kl": -logratio.mean(),  # k1: old, noisy; both unbiased
+        "old_approx_kl": -logratio.mean(),  # k1: noisier; both unbiased
         "clipfrac": clipped.mean(),  # "clip": share of ratios outside 1 +- eps
     }
     return loss, {name: x.detach() for name, x in stats.items()}
@@ -346,10 +346,10 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
     if args.resume:
         state |= restore(folder, modules)["state"]
-    # A resumed run is not the uncut one: new episodes, other random numbers
+    # A resumed run is not the same: new episodes, other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
-    # Stagger the first time limits (environment 0: full), or all would end together
+    # Stagger the first time limits (environment 0: full): else all end together
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
         if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
@@ -401,11 +401,11 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
 
         # ---- Phase 3: advantages: how much better was an action than the policy's average?
         add_advantages(agent, args, batch)
-        # 1: the critic foresaw the returns, below 0: worse than a constant. A = return - V
+        # Explained variance (A = return - V): 1 is perfect, below 0 worse than a constant
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        # beta; a tensor, or --compile compiles each value anew
+        # beta, as a tensor: --compile compiles each new number
         kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
         all_stats = []
         for epoch in range(args.update_epochs):
@@ -427,7 +427,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 optimizer.step()
                 all_stats.append(stats)
             if args.target_kl is not None:
-                # Each KL precedes its own step: the first is 0, the last step goes unseen
+                # Taken before each step: 0 in the first minibatch, blind to the last step
                 kls = [stats["approx_kl"] for stats in all_stats[-args.num_minibatches :]]
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
@@ -439,7 +439,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             elif kl > args.kl_target * 1.5:
                 state["kl_scale"] = min(state["kl_scale"] * 2, 1000)
         if args.norm_obs:
-            agent.obs_stats.update(flat["obs"])  # (critical: last, or first ratios aren't 1)
+            agent.obs_stats.update(flat["obs"])  # (critical: not before; first ratios must be 1)
 
         # ---- Phase 5: record; the batch is thrown away
         metrics = {"charts/learning_rate": fraction * args.learning_rate}

@@ -8,8 +8,8 @@
     python ppo_continuous.py --env-id HalfCheetah-v5  # 1M steps in minutes
 
 Unlike ppo.py: a Gaussian policy with the same noise in all states, the scaling of actions, the
-defaults in `Args`. Unlike the paper: normalized inputs and rewards, 64 short rollouts, a floor
-under the noise, new advantages each epoch, a rate annealed to 1/3.
+defaults in `Args`. Unlike the paper, mainly: normalized inputs and rewards, 64 short rollouts,
+a floor under the noise, new advantages each epoch, a rate annealed to 1/3.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 """
@@ -48,13 +48,13 @@ class Args:
     norm_obs: bool = True  # normalize observations, where their scales differ
     norm_reward: bool = True  # divide rewards by the std of discounted sums
     init_log_std: float = -0.5  # initial log std of the noise, for actions in [-1, 1]
-    min_log_std: float = -2.0  # its floor falls from init_log_std to this: explore, then refine
+    min_log_std: float = -2.0  # floor, falls from init_log_std to this: explore, then refine
     learning_rate: float = 3e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
     final_lr_fraction: float = 0.33  # share of the rate left at the end
     update_epochs: int = 10  # passes over each batch; 3 to 20
     num_minibatches: int = 32  # gradient steps per pass, usually of 64 to 512 rows
-    recompute_advantages: bool = True  # before epochs 2, 3, ...
+    recompute_advantages: bool = True  # between epochs, by the newer critic
     norm_adv: bool = True  # normalize the advantages of each minibatch
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # limits updates
     clip_coef: float = 0.2  # epsilon: no gain if p_new/p_old leaves 1 +- epsilon; 0.1 to 0.3
@@ -82,8 +82,8 @@ class Args:
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
     """Build environments that step together; the first is filmed into the folder `videos`.
 
-    SameStep: a step that ends an episode returns the first observation of the next; its own last
-    is in infos["final_obs"]. (critical: gymnasium's default adds a step that ignores its action.)
+    SameStep: a step that ends an episode returns the next one's first observation; the old one's
+    last: infos["final_obs"]. (critical: gymnasium's default adds a step that ignores its action.)
     """
     built = []
 
@@ -310,7 +310,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         "entropy": mean_entropy,
         # KL[old || new] estimated from samples (http://joschu.net/blog/kl-approx.html)
         "approx_kl": ((ratio - 1) - logratio).mean(),  # k3: never negative, little noise
-        "old_approx_kl": -logratio.mean(),  # k1: old, noisy; both unbiased
+        "old_approx_kl": -logratio.mean(),  # k1: noisier; both unbiased
         "clipfrac": clipped.mean(),  # "clip": share of ratios outside 1 +- eps
     }
     return loss, {name: x.detach() for name, x in stats.items()}
@@ -337,10 +337,10 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
     if args.resume:
         state |= restore(folder, modules)["state"]
-    # A resumed run is not the uncut one: new episodes, other random numbers
+    # A resumed run is not the same: new episodes, other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
-    # Stagger the first time limits (environment 0: full), or all would end together
+    # Stagger the first time limits (environment 0: full): else all end together
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
         if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
@@ -392,11 +392,11 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
 
         # ---- Phase 3: advantages: how much better was an action than the policy's average?
         add_advantages(agent, args, batch)
-        # 1: the critic foresaw the returns, below 0: worse than a constant. A = return - V
+        # Explained variance (A = return - V): 1 is perfect, below 0 worse than a constant
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        # beta; a tensor, or --compile compiles each value anew
+        # beta, as a tensor: --compile compiles each new number
         kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
         all_stats = []
         for epoch in range(args.update_epochs):
@@ -418,7 +418,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 optimizer.step()
                 all_stats.append(stats)
             if args.target_kl is not None:
-                # Each KL precedes its own step: the first is 0, the last step goes unseen
+                # Taken before each step: 0 in the first minibatch, blind to the last step
                 kls = [stats["approx_kl"] for stats in all_stats[-args.num_minibatches :]]
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
@@ -430,7 +430,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             elif kl > args.kl_target * 1.5:
                 state["kl_scale"] = min(state["kl_scale"] * 2, 1000)
         if args.norm_obs:
-            agent.obs_stats.update(flat["obs"])  # (critical: last, or first ratios aren't 1)
+            agent.obs_stats.update(flat["obs"])  # (critical: not before; first ratios must be 1)
 
         # ---- Phase 5: record; the batch is thrown away
         metrics = {"charts/learning_rate": fraction * args.learning_rate}

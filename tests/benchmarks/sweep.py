@@ -60,7 +60,7 @@ HUMANOID = "--gamma 0.99 --learning-rate 1e-4 --init-log-std -1"
 PENDULUM = """--total-timesteps 200000 --num-envs 16 --num-steps 128 --learning-rate 1e-3
     --final-lr-fraction 0 --gamma 0.95"""
 PONG = """--total-timesteps 3000000 --num-envs 16 --num-steps 128 --update-epochs 3
-    --num-minibatches 8 --clip-coef 0.2 --learning-rate 1e-3 --bf16"""
+    --num-minibatches 8 --clip-coef 0.2 --learning-rate 1e-3"""
 ROBOTS = """HalfCheetah-v5 Hopper-v5 InvertedDoublePendulum-v5 InvertedPendulum-v5 Reacher-v5
     Swimmer-v5 Walker2d-v5""".split()
 FOUR = ("HalfCheetah-v5", "Hopper-v5", "InvertedPendulum-v5", "Walker2d-v5")
