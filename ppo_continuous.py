@@ -266,8 +266,7 @@ def add_advantages(agent: Agent, args: Args, batch: Rows) -> None:
 def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tensor, dict]:
     """PPO's objective on M rows, as a loss to minimize ([PPO] eq. 6-9), and statistics.
 
-    mb: "obs", "actions", the old policy's "dist", (M, ...) each, "logprobs", "values",
-    "advantages", "returns", (M,) each.
+    mb: "obs", "actions", old "dist", (M, ...); "logprobs", "values", "advantages", "returns", (M,).
     """
     features = agent.features(mb)
     dist, values = agent.get_dist(features), agent.get_value(features)
@@ -537,8 +536,7 @@ class Log:
         self.args, self.folder, self.state, self.wandb = args, folder, state, None
         self.next_save, self.start = 0.0, time.monotonic() - state["wall_time"]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(vars(args), indent=2, default=float))
-        (folder / "script.py").write_bytes(Path(__file__).read_bytes())
+        self.script = Path(__file__).read_bytes()
         for name, size in state["files"].items():  # drop rows after the checkpoint
             with open(folder / name, "ab") as file:
                 file.truncate(min(size, file.tell()))
@@ -588,13 +586,15 @@ class Log:
                     print(*row, sep=",", file=file)
                 print(*row.values(), sep=",", file=file)
                 self.state["files"][name] = file.tell()
-        except OSError as error:  # so that it names the file
+        except OSError as error:  # to name the file
             raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
 
     def save(self, modules: dict[str, Any]) -> None:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
         plain = {"state": self.state, "args": vars(self.args)}  # numpy's numbers become Python's
         checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))
+        (self.folder / "config.json").write_text(json.dumps(checkpoint["args"], indent=2))
+        (self.folder / "script.py").write_bytes(self.script)
         with open(self.folder / "checkpoint.pt.tmp", "wb") as file:
             torch.save(checkpoint, file)
             os.fsync(file.fileno())

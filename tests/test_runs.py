@@ -156,14 +156,18 @@ def test_a_resumed_run_does_not_repeat_its_first_leg() -> None:
     assert len(losses) == len({round(loss, 4) for loss in losses}) == 4
 
 
-def test_other_columns_are_not_mixed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_columns_are_refused_and_the_run_stays_as_it_was(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run = Path(ppo.train(tiny(ppo)))
-    before = (run / "metrics.csv").read_bytes()
+    (run / "script.py").write_text("# the script that trained it")
+    names = ("metrics.csv", "config.json", "script.py", "checkpoint.pt")
+    before = [(run / name).read_bytes() for name in names]
     with pytest.raises(SystemExit, match="2"):
         run_main(ppo, "--resume", run, "--surrogate", "kl-fixed", "--total-timesteps", 1024)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(run / "metrics.csv") in error and "losses/kl" in error
-    assert (run / "metrics.csv").read_bytes() == before
+    assert [(run / name).read_bytes() for name in names] == before
 
 
 def test_a_readers_own_flag_is_saved_and_may_be_negative(monkeypatch: pytest.MonkeyPatch) -> None:
