@@ -190,7 +190,7 @@ def test_the_value_loss_is_half_the_squared_error(script: ModuleType, run: Simpl
     loss = script.ppo_loss(last.agent, args, last.mb, last.beta)[1]["value_loss"].item()
     values = last.agent.get_value(last.agent.features(last.mb)).flatten()
     right = 0.5 * ((values - last.mb["returns"]) ** 2).mean().item()
-    reason = f"value_loss is {loss:.4f}, not {right:.4f}: (M, 1) against (M,), or other targets"
+    reason = f"value_loss is {loss:.4f}, not {right:.4f}: (M, 1) for (M,), other targets or critics"
     assert loss == pytest.approx(right, rel=1e-3), reason
 
 
