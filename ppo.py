@@ -598,7 +598,7 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:
-        reason = str(error).partition(" This file can still")[0]  # no unsafe advice
+        reason = str(error).partition(". ")[0]  # no unsafe advice
         raise BadInput(f"--resume/--evaluate {folder}: no fitting checkpoint: {reason}") from error
     return checkpoint
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -57,16 +56,11 @@ def script(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture
 def make_agent(script: ModuleType) -> Callable[..., nn.Module]:
-    """make_agent(observations, actions, **flags): an agent for these spaces, of a real one."""
+    """make_agent(**flags): an agent for the SPACES of the script."""
 
-    def make_agent(
-        observations: gym.Space | None = None, actions: gym.Space | None = None, **flags: object
-    ) -> nn.Module:
-        usual_observations, usual_actions = SPACES[script.__name__]
-        envs = SimpleNamespace(
-            single_observation_space=observations or usual_observations,
-            single_action_space=actions or usual_actions,
-        )
+    def make_agent(**flags: object) -> nn.Module:
+        observations, actions = SPACES[script.__name__]
+        envs = SimpleNamespace(single_observation_space=observations, single_action_space=actions)
         return script.Agent(envs, script.Args(cuda=False, **flags))
 
     return make_agent

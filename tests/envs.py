@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.classic_control import CartPoleEnv
-from gymnasium.spaces import Box, Dict, Discrete, Space, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Space
 
 Action = np.ndarray | np.integer | int
 Observation = np.ndarray | int | tuple | dict
@@ -113,14 +113,11 @@ class Identity(Base):
     coded: str
 
     def observe(self) -> Observation:
-        right, other = self.np_random.integers([4, 3]).tolist()
+        right = int(self.np_random.integers(4))
         noise = super().observe()
         self.right = right + self.action_space.start
         return {
             "matrix": np.eye(4, dtype=np.float32)[:, [right]],
-            "discrete": right,
-            "multidiscrete": np.array([other, right]),
-            "tuple": (right, noise),
             "dict": {"noise": noise[None], "right": right},
         }[self.coded]
 
@@ -190,7 +187,7 @@ class Bad(Base):
     all_steps = 0
 
     def observe(self) -> np.ndarray:
-        steps = {"obs": range(11), "first": [0], "endless": [0], "final": [10]}.get(self.way, [])
+        steps = {"first": [0], "endless": [0], "final": [10]}.get(self.way, [])
         bad = self.all_steps >= 50 and self.steps in steps
         wrong = np.inf if self.way == "endless" else np.nan
         return np.full(2, wrong if bad else 0.5, np.float32)
@@ -280,14 +277,11 @@ for name, acts in (("", Discrete(2)), ("Box", Box(-1, 1, (1,), np.float32))):
 register("Hundred", Constant, length=7, reward=100.0)
 register("Chain", Timer, length=3, terminates=True)
 register("Timer", Timer, length=11)
-for way in ("obs", "first", "endless", "final", "reward", "infinite", "huge"):
+for way in ("first", "endless", "final", "reward", "infinite", "huge"):
     register(f"Bad-{way}", Bad, way=way)
 register("Global", Global, limit=10)
 for coded, space in {
     "matrix": Box(0, 1, (4, 1), np.float32),
-    "discrete": Discrete(4),
-    "multidiscrete": gym.spaces.MultiDiscrete([3, 4]),
-    "tuple": Tuple((Discrete(4), Box(-1, 1, (2,)))),
     "dict": Dict({"noise": Box(-1, 1, (1, 2)), "right": Discrete(4)}),
 }.items():
     register(f"Identity-{coded}", Identity, limit=10, coded=coded, observation_space=space)

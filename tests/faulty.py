@@ -44,8 +44,8 @@ class Simulator(gym.Env):
 
     def observe(self) -> Any:
         x = self.np_random.uniform(-1, 1, 2).astype(np.float32)
-        if self.way in ("obs-nan", "obs-inf") and self.steps >= 15:
-            x *= float(self.way[4:])
+        if self.way == "obs-inf" and self.steps >= 15:
+            x *= np.inf
         return {"words": {"image": x, "words": "go to the red door"}, "empty": x[:0]}.get(
             self.way, x
         )
@@ -57,9 +57,7 @@ class Simulator(gym.Env):
             raise RuntimeError("the battery is flat")
         if self.way == "chdir-reset":
             os.chdir("/")
-        if self.way == "old-reset":
-            return self.observe()
-        return self.observe(), None if self.way == "no-info" else {}
+        return self.observe(), {}
 
     def step(self, action: Any) -> Any:
         self.steps += 1
@@ -67,11 +65,9 @@ class Simulator(gym.Env):
         if self.all_steps == self.breaks_at:
             raise ValueError("joint 3 has left its range")
         obs, reward, over = self.observe(), float(action == 0), self.steps == self.length
-        if self.way in ("reward-nan", "reward-inf") and self.steps >= 15:
-            reward += float(self.way[7:])
-        if self.way == "old-step":
-            return obs, reward, over, {}
-        return obs, np.array([reward]) if self.way == "reward-array" else reward, False, over, {}
+        if self.way == "reward-inf" and self.steps >= 15:
+            reward = np.inf
+        return obs, reward, False, over, {}
 
     def render(self) -> np.ndarray:
         events.append("frame")
@@ -113,8 +109,8 @@ def filtered(way: str, render_mode: str | None = None) -> gym.Env:
     return gym.wrappers.FilterObservation(Simulator("words", render_mode), ["image"])
 
 
-WAYS = "fine two-faults worn third flat turn words endless empty chdir-init chdir-reset obs-nan"
-WAYS += " obs-inf reward-nan reward-inf old-reset old-step no-info reward-array piped filtered"
+WAYS = "fine two-faults worn third flat turn words endless empty chdir-init chdir-reset"
+WAYS += " obs-inf reward-inf piped filtered"
 for way in WAYS.split():
     make = {"piped": Piped, "filtered": filtered}.get(way, Simulator)
     gym.register(f"{way}-v0", f"{__name__}:{make.__name__}", kwargs={"way": way})

@@ -18,16 +18,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from torch import Tensor
 
 import ppo
-import ppo_continuous
 
 ROOT = Path(ppo.__file__).parent
-SCRIPTS = (ppo, ppo_continuous)
 ENV_IDS = {"ppo": "CartPole-v1", "ppo_continuous": "Pendulum-v1"}
 numbers = itertools.count()
 TIMES = ("charts/SPS", "wall_time")
+FIGURES = ("eval_return_mean", "eval_return_std", "eval_episodes")
 
 # Settings of a run of half a second: 8 iterations of 64 steps.
 TINY = {
@@ -111,9 +111,26 @@ def summary(folder: str | Path, times: bool = False) -> dict[str, float]:
     return {k: v for k, v in content.items() if times or k not in ("SPS", "wall_time")}
 
 
-def assert_whole(folder: str | Path, total: int, batch: int = 64) -> None:
-    """Each row once and in order, in both files, and no line that is empty or cut off."""
-    assert column(folder, "global_step") == list(range(batch, total + 1, batch))
+def saved(folder: str | Path) -> dict[str, dict]:
+    return torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+
+
+def assert_equal(one: object, other: object) -> None:
+    """Tensors bit by bit, whatever dicts and lists they are in."""
+    assert type(one) is type(other)
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_equal(one[name], other[name])
+    else:
+        assert one == other
+
+
+def assert_whole(folder: str | Path, total: int) -> None:
+    """Batches of 64: each row once and in order, in both files; no line is empty or cut off."""
+    assert column(folder, "global_step") == list(range(64, total + 1, 64))
     times = column(folder, "wall_time")
     assert times == sorted(times)
     for name in ("metrics.csv", "episodes.csv"):
@@ -140,8 +157,8 @@ def spy(
     return calls
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.time() + seconds
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.time() + 60
     while not condition():
         assert time.time() < end, "waited in vain"
         time.sleep(0.005)

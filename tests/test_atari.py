@@ -1,6 +1,5 @@
 """ppo_atari.py with the real emulator: lives, whole games, frame limits, frames, seeds, runs."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ import torch
 from ale_py import ALEInterface, roms
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from helpers import column, metrics, read_csv, spy
+from helpers import column, metrics, read_csv, run_main, spy
 from pixels import Catch
 
 import ppo_atari
@@ -38,11 +37,6 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny(**changes: object) -> ppo_atari.Args:
     defaults = {"env_id": "PongNoFrameskip-v4", "run_dir": f"runs/{next(numbers)}"}
     return ppo_atari.Args(**(defaults | TINY | changes))
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr("sys.argv", ["ppo_atari.py", *map(str, words)])
-    ppo_atari.main()
 
 
 def make(
@@ -282,23 +276,6 @@ def test_bf16_is_close_to_float32() -> None:
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in gradients)
 
 
-@pytest.mark.slow
-def test_evaluation_of_a_game_that_stands_still_is_cut_at_27_000_steps(
-    limit: Limit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Breakout does after a lost life, where nobody presses FIRE again."""
-    limit(num_threads=1)
-    args = tiny(env_id="BreakoutNoFrameskip-v4", eval_episodes=1, total_timesteps=32)
-    folder = Path(ppo_atari.train(dataclasses.replace(args, eval_episodes=0)))
-    steps = spy(monkeypatch, ppo_atari.GameStatistics, "step")
-    zeros = torch.zeros(1, 512)
-    monkeypatch.setattr(ppo_atari.Agent, "features", lambda agent, rows: zeros)
-    monkeypatch.setattr(ppo_atari, "evaluation_action", lambda dist: torch.tensor([0]))  # no-op
-    result = ppo_atari.evaluate(args, folder)
-    assert len(steps) == 27_000
-    assert result == {"eval_return_mean": 0.0, "eval_return_std": 0.0, "eval_episodes": 1}
-
-
 # ---- runs
 
 
@@ -350,11 +327,11 @@ def test_a_run_its_resumption_and_its_evaluation(
     assert summary["global_step"] == 64 and summary["eval_episodes"] == 2
     assert np.isfinite(column(folder, "losses/value_loss")).all()
 
-    command(monkeypatch, "--resume", folder, "--total-timesteps", 128)
+    run_main(ppo_atari, "--resume", folder, "--total-timesteps", 128)
     assert column(folder, "global_step") == [32, 64, 96, 128]
     capsys.readouterr()
     summary = json.loads((folder / "summary.json").read_text())
-    command(monkeypatch, "--evaluate", folder)
+    run_main(ppo_atari, "--evaluate", folder)
     words = [f"{name}={summary[name]}" for name in summary if name.startswith("eval")]
     assert capsys.readouterr().out.splitlines()[-1].split() == words
 
@@ -404,7 +381,7 @@ def test_films_of_training_and_evaluation(limit: Limit, monkeypatch: pytest.Monk
     films = list(folder.glob("videos/*/*.mp4"))
     assert film_lengths(folder) == pytest.approx([16], abs=1)
     films[0].unlink()
-    command(monkeypatch, "--evaluate", folder, "--eval-episodes", 1, "--capture-video")
+    run_main(ppo_atari, "--evaluate", folder, "--eval-episodes", 1, "--capture-video")
     assert film_lengths(folder) == pytest.approx([10], abs=1)
 
 
@@ -437,6 +414,7 @@ def test_catch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--env-id", "ALE/Breakout-ram-v5"], "Breakout"),
         (["--env-id", ""], "Malformed"),
         (["--norm-obs"], "--norm-obs"),
+        (["--sticky-actions", "1.5"], "--sticky-actions 1.5"),
     ],
 )
 def test_what_is_no_atari_game_and_observation_statistics_are_refused(
@@ -446,7 +424,7 @@ def test_what_is_no_atari_game_and_observation_statistics_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        command(monkeypatch, *words, "--no-cuda", "--run-dir", "new")
+        run_main(ppo_atari, *words, "--no-cuda", "--run-dir", "new")
     error = capsys.readouterr().err
     assert error.startswith("error: --env-id") and error.count("\n") == 1 and says in error
     assert not os.path.exists("new")

@@ -18,6 +18,7 @@ BAD = """
 --total-timesteps 100 -> --total-timesteps 100: is less than a batch of 256
 --num-envs 0
 --num-steps -128
+--num-minibatches 0
 --num-minibatches 3 -> --num-minibatches 3: leaves 85.3333 of 256 rows
 --total-timesteps 256 --num-minibatches 256 -> --num-minibatches 256: leaves 1 of 256 rows
 --update-epochs 0
@@ -27,6 +28,7 @@ BAD = """
 --clip-coef nan
 --max-grad-norm 0
 --kl-target -0.01
+--kl-coef 0
 --vf-coef inf
 --ent-coef -0.01
 --learning-rate inf
@@ -57,7 +59,6 @@ WORLD_SIZE=2 --num-envs 2 --num-steps 15 --num-minibatches 2 -> leaves 7.5 of 30
 """
 OTHERS = """
 --env-id CartPole-v1 -> actions are Discrete(2), but ppo_continuous.py needs Box
---env-id envs:ConstantBox-v0 --capture-video -> --env-id envs:ConstantBox-v0:
 """
 CASES = [(ppo, line) for line in BAD.strip().splitlines()]
 CASES += [(ppo_continuous, line) for line in OTHERS.strip().splitlines()]
@@ -116,7 +117,7 @@ def refusal(script: ModuleType, argv: list[str], capsys: pytest.CaptureFixture[s
         run_main(script, *argv)
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.endswith("\n")
-    assert err.count("\n") == 1, err
+    assert err.count("\n") == 1 and "weights_only" not in err, err  # no unsafe advice
     return err
 
 
@@ -160,7 +161,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_run(
     assert trap.exists()
 
 
-@pytest.mark.parametrize("argv", ["--gamma high", "--surrogate trpo", "--no-such-flag 3"])
+@pytest.mark.parametrize("argv", ["--gamma high", "--surrogate trpo"])
 def test_the_parser_refuses(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
     """tyro's own errors are boxes of a few lines."""
     with pytest.raises(SystemExit, match="^2$"):

@@ -41,7 +41,7 @@ def test_modifications_conform(patch: str, script: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bug_does_not(tmp_path: Path) -> None:
+def test_a_bug_fails_its_checks(tmp_path: Path) -> None:
     names = {"test_advantages_are_those_of_gae", "test_a_time_limit_is_no_death"}
     assert failures(tmp_path, "bugs/time_limit_as_death") == names
 
@@ -54,7 +54,7 @@ def test_frozen_parameters_conform(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_averaged_agent_without_the_statistics_does_not(tmp_path: Path) -> None:
+def test_an_averaged_agent_without_the_statistics_fails(tmp_path: Path) -> None:
     old = '{"agent": agent, "optimizer"'
     new = '{"agent": agent, "average": Agent(envs, args), "optimizer"'
     names = {"test_resuming_loses_nothing_and_evaluating_repeats"}

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import column, flags, metrics, server, start, tiny
-from test_runs import FIGURES, assert_equal, saved, summary
+from helpers import (
+    FIGURES,
+    assert_equal,
+    column,
+    flags,
+    metrics,
+    saved,
+    server,
+    start,
+    summary,
+    tiny,
+)
 
 import ppo
 
@@ -18,11 +28,11 @@ pytestmark = pytest.mark.skipif(not FOUND, reason="no GPU")
 SHOWN = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES") or "0"}
 CUDA = torch.device("cuda")
 USUAL = {"surrogate": "kl-adaptive", "target_kl": 1.0, "norm_obs": True, "norm_reward": True}
-USUAL |= {"recompute_advantages": True, "eval_episodes": 2, "cuda": CUDA.type == "cuda"}
+USUAL |= {"recompute_advantages": True, "eval_episodes": 2, "cuda": True}
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo_continuous", "ppo_atari"])
-def test_a_run_its_resumption_and_its_evaluation(name: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_and_its_evaluation_repeats(name: str, tmp_path: Path) -> None:
     """With and without the GPU; where it is the same, the evaluation repeats to the digit."""
     folder, script = tmp_path / "run", importlib.import_module(name)
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, TINY, column, flags, read_csv
-from test_runs import assert_equal, assert_whole, saved
+from helpers import ROOT, TINY, assert_equal, assert_whole, column, flags, read_csv, saved
 from torchrun_driver import training
 
 import ppo

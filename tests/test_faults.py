@@ -6,16 +6,18 @@ import json
 import os
 import signal
 import time
-import traceback
 from pathlib import Path
+from types import ModuleType
 
 import faulty
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from helpers import assert_whole, column, flags, metrics, run_main, start, summary, tiny, wait_for
 
 import ppo
+import ppo_continuous
 
 
 @pytest.fixture(autouse=True)
@@ -50,24 +52,13 @@ def test_the_first_error_is_the_last_thing_a_user_reads(
 
 
 @pytest.mark.parametrize("at", ["obs", "reward"])
-@pytest.mark.parametrize("number", ["nan", "inf"])
-def test_what_is_no_number_only_in_the_evaluation_stops_it(at: str, number: str) -> None:
+def test_infinity_in_the_evaluation_stops_it(at: str) -> None:
     """Training ends before step 15 of an episode, from which on it comes."""
     sizes = {"num_steps": 8, "total_timesteps": 32, "eval_episodes": 2}
     with pytest.raises(FloatingPointError, match="evaluation"):
-        ppo.train(tiny(ppo, env_id=f"faulty:{at}-{number}-v0", run_dir="run", **sizes))
+        ppo.train(tiny(ppo, env_id=f"faulty:{at}-inf-v0", run_dir="run", **sizes))
     assert summary("run")["global_step"] == 32
     assert summary("run")["eval_return_mean"] is None
-
-
-@pytest.mark.parametrize("way", ["old-reset", "no-info reset", "old-step", "reward-array"])
-def test_another_interface_is_named_by_the_traceback(way: str) -> None:
-    words = way.replace("-", " ").split()
-    with pytest.raises((ValueError, AttributeError, TypeError)) as fault:
-        run_main(ppo, *flags(ppo, env_id=f"faulty:{way.split()[0]}-v0", run_dir="run"))
-    text = "".join(traceback.format_exception(fault.value))
-    assert any(word in text for word in ("reset", "step", "reward") if word in words)
-    assert Path("run").exists() == ("reset" not in words)
 
 
 def test_a_failing_first_reset_leaves_no_folder() -> None:
@@ -135,6 +126,7 @@ def test_films_of_training_and_of_the_evaluation(monkeypatch: pytest.MonkeyPatch
         run_main(ppo, *words, "--capture-video", "--eval-episodes", 1)
         assert films(run) > seen
         seen = films(run)
+    assert films(ppo_continuous.train(tiny(ppo_continuous, capture_video=True)))
 
 
 def test_films_have_a_maximal_length() -> None:
@@ -263,12 +255,13 @@ def test_numpy_numbers_in_the_arguments_train_and_resume() -> None:
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_does_not_end_is_cut_and_says_so(
-    capsys: pytest.CaptureFixture[str],
+def test_an_evaluation_that_does_not_end_is_cut_at_27_000_steps_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(ppo, "evaluation_action", lambda dist: 0 * dist.argmax(dim=-1))  # pays 1
     args = tiny(ppo, env_id="faulty:endless-v0", eval_episodes=2)
     results = summary(ppo.train(args))
-    assert results["eval_episodes"] == 2 and 0 < results["eval_return_mean"] <= 27_000
+    assert results["eval_episodes"] == 2 and results["eval_return_mean"] == 27_000
     assert "evaluation: 2 episodes cut at 27,000 steps" in capsys.readouterr().out
 
 
@@ -305,14 +298,21 @@ def test_a_signal_ends_the_run_at_once_with_one_line(
     assert summary("run")["global_step"] == done + 64
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "events"), [(ppo, "evaluation_action", ["open", "close"]), (gym, "make", [])]
+)
 def test_a_signal_in_evaluate_closes_what_is_open_and_leaves_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    owner: ModuleType,
+    name: str,
+    events: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     ppo.train(tiny(ppo, env_id="faulty:fine-v0", run_dir="run"))
-    monkeypatch.setattr(ppo, "evaluation_action", lambda dist: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(owner, name, lambda *_, **__: signal.raise_signal(signal.SIGINT))
     faulty.events.clear()
     capsys.readouterr()
     with pytest.raises(SystemExit, match="130"):
         run_main(ppo, "--evaluate", "run", "--eval-episodes", 1)
     assert capsys.readouterr().err.count("\n") == 1
-    assert faulty.events == ["open", "close"]
+    assert faulty.events == events

@@ -10,10 +10,10 @@ from ppo import Args, add_advantages, compute_gae
 GAMMA, LAMBDA = 0.9, 0.7
 
 
-def random_batch(T: int = 25, N: int = 6) -> tuple[Tensor, ...]:
+def random_batch(T: int = 25) -> tuple[Tensor, ...]:
     """rewards, values, next_values, terminations, dones, about a fifth of the rows of each kind."""
-    rewards, values, next_values = torch.randn(3, T, N, dtype=torch.float64)
-    ending = torch.randint(5, (T, N))
+    rewards, values, next_values = torch.randn(3, T, 6, dtype=torch.float64)
+    ending = torch.randint(5, (T, 6))
     return rewards, values, next_values, (ending == 0).double(), (ending <= 1).double()
 
 

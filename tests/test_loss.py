@@ -1,21 +1,18 @@
-"""ppo_loss against closed forms, finite differences and torch.distributions."""
+"""ppo_loss against closed forms and torch.distributions."""
 
 import math
-from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 import ppo
 
-EPS, BETA = 0.2, torch.tensor(1.7, dtype=torch.float64)
+EPS, BETA = 0.3, torch.tensor(1.7, dtype=torch.float64)
 SURROGATES = ("clip", "kl-adaptive", "kl-fixed", "none")
 OLD_PROB = 0.25  # of every action that the old policy took
-only_ppo = pytest.mark.parametrize("script", ["ppo"], indirect=True)
 
 
 def rows_of(values: list[float], requires_grad: bool = False) -> Tensor:
@@ -61,25 +58,29 @@ class Rows:
 SURROGATE = [  # advantage, ratio, loss, d loss / d logprob
     (2.0, 0.5, -1.0, -1.0),  # good action became rarer: the way back is open
     (2.0, 1.1, -2.2, -2.2),
-    (2.0, 1.5, -2.4, 0.0),  # good action is likely enough: clipped
-    (-2.0, 0.5, 1.6, 0.0),  # bad action is rare enough: clipped
+    (2.0, 1.5, -2.6, 0.0),  # good action is likely enough: clipped
+    (-2.0, 0.5, 1.4, 0.0),  # bad action is rare enough: clipped
     (-2.0, 0.9, 1.8, 1.8),
     (-2.0, 1.5, 3.0, 3.0),  # bad action became likelier: the way back is open, however far
 ]
 
 
-@pytest.mark.parametrize(("advantage", "ratio", "loss", "gradient"), SURROGATE)
-def test_clipped_surrogate(advantage: float, ratio: float, loss: float, gradient: float) -> None:
-    rows = Rows(1, advantages=[advantage], ratios=[ratio])
+def columns(rows: list[tuple[float, ...]]) -> list[list[float]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def test_clipped_surrogate() -> None:
+    advantages, ratios, losses, gradients = columns(SURROGATE)
+    rows = Rows(6, advantages=advantages, ratios=ratios)
     actual, stats = rows.loss()
-    assert actual.item() == stats["policy_loss"].item() == pytest.approx(loss)
-    assert rows.dist.grad[0, 0].item() == pytest.approx(gradient)
-    assert stats["clipfrac"].item() == (ratio in (0.5, 1.5))  # whatever the advantage
+    assert actual.item() == stats["policy_loss"].item() == pytest.approx(np.mean(losses))
+    np.testing.assert_allclose(rows.dist.grad[:, 0].numpy(), np.array(gradients) / 6)
+    assert stats["clipfrac"].item() == pytest.approx(4 / 6)  # 0.5 and 1.5, whatever the advantage
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES[1:])
 def test_other_surrogates_do_not_clip(surrogate: str) -> None:
-    advantages, ratios, _, _ = (list(x) for x in zip(*SURROGATE, strict=True))
+    advantages, ratios, _, _ = columns(SURROGATE)
     expected = -np.array(advantages) * np.array(ratios)
     for clip_coef in (EPS, 0.01):
         rows = Rows(6, advantages=advantages, ratios=ratios)
@@ -89,33 +90,28 @@ def test_other_surrogates_do_not_clip(surrogate: str) -> None:
         assert stats["clipfrac"].item() == 0
 
 
-def test_an_unknown_surrogate_is_refused() -> None:
-    for surrogate in ("kl", "klip", "Clip"):
-        with pytest.raises(ValueError, match=surrogate):
-            Rows(1).loss(surrogate=surrogate)
-
-
 # 1/2 * (V - R)^2, or of V held within old +- eps where that is farther from R, with no gradient.
 VALUE = [  # new value, old value, return, loss, d loss / d new value
-    (1.0, 0.0, 2.0, 1.62, 0.0),  # toward R, too fast: held at 0.2, (0.2 - 2)^2 / 2
-    (4.0, 5.0, 3.0, 1.62, 0.0),
+    (1.0, 0.0, 2.0, 1.445, 0.0),  # toward R, too fast: held at 0.3, (0.3 - 2)^2 / 2
+    (4.0, 5.0, 3.0, 1.445, 0.0),
     (1.0, 0.0, 0.0, 0.5, 1.0),  # away from R: the larger, unclipped error counts
     (-1.0, 0.0, 0.5, 1.125, -1.5),
     (0.1, 0.0, 1.0, 0.405, -0.9),  # within the range
-    (6.0, 5.0, 5.5, 0.125, 0.5),  # past R, farther from it than 5.2 is
+    (6.0, 5.0, 5.5, 0.125, 0.5),  # past R, farther from it than 5.3 is
 ]
 
 
-@pytest.mark.parametrize(("new", "old", "ret", "loss", "gradient"), VALUE)
-def test_value_loss(new: float, old: float, ret: float, loss: float, gradient: float) -> None:
-    for clip_vloss in (True, False):
-        rows = Rows(1, new_values=[new], values=[old], returns=[ret])
-        actual, stats = rows.loss(vf_coef=3.0, clip_vloss=clip_vloss, surrogate="none")
-        if not clip_vloss:
-            loss, gradient = 0.5 * (new - ret) ** 2, new - ret
-        assert stats["value_loss"].item() == pytest.approx(loss)
-        assert actual.item() == pytest.approx(3 * loss)
-        assert rows.new_values.grad.item() == pytest.approx(3 * gradient)
+@pytest.mark.parametrize("clip_vloss", [True, False])
+def test_value_loss(clip_vloss: bool) -> None:
+    new, old, returns, losses, gradients = columns(VALUE)
+    if not clip_vloss:
+        gradients = np.array(new) - np.array(returns)
+        losses = 0.5 * gradients**2
+    rows = Rows(6, new_values=new, values=old, returns=returns)
+    actual, stats = rows.loss(vf_coef=3.0, clip_vloss=clip_vloss, surrogate="none")
+    assert stats["value_loss"].item() == pytest.approx(np.mean(losses))
+    assert actual.item() == pytest.approx(3 * np.mean(losses))
+    np.testing.assert_allclose(rows.new_values.grad.numpy(), 3 * np.array(gradients) / 6)
 
 
 # ---- normalized advantages: where the ratio is 1, d loss / d logprob = -A / M
@@ -147,6 +143,8 @@ def test_loss_falls_as_entropy_grows() -> None:
     mean = (math.log(2) + 2 * math.log(2) - 0.75 * math.log(3)) / 2
     assert stats["entropy"].item() == pytest.approx(mean)
     assert loss.item() == pytest.approx(-0.1 * mean)
+    logs = rows.dist.detach()  # d/dlog(p) of p * log(p) is p * (log(p) + 1)
+    torch.testing.assert_close(rows.dist.grad, 0.1 * logs.exp() * (logs + 1) / 2)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -155,6 +153,7 @@ def test_kl_penalty_is_exact(surrogate: str) -> None:
     rows = Rows(3, ratios=[0.5, 1.5, 2.0])
     loss, stats = rows.loss(surrogate=surrogate)
     assert ("kl" in stats) == surrogate.startswith("kl")
+    assert not any(x.requires_grad for x in stats.values())
     new = rows.dist.detach().requires_grad_()
     expected = kl_divergence(Categorical(logits=rows.mb["dist"]), Categorical(logits=new)).mean()
     if "kl" not in stats:
@@ -179,108 +178,3 @@ def test_kl_estimates_worked_by_hand() -> None:
     _, stats = Rows(2, ratios=[2.0, 1.0]).loss()
     assert stats["old_approx_kl"].item() == pytest.approx(-math.log(2) / 2)
     assert stats["approx_kl"].item() == pytest.approx((1 - math.log(2)) / 2)
-
-
-# ---- with an agent of parameters
-
-
-def minibatch(agent: nn.Module, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows that this agent leaves behind, with advantages and returns made up."""
-    with torch.no_grad():
-        features = agent.features(rows)
-        mb = {"dist": agent.get_dist(features), "values": agent.get_value(features)}
-    mb["actions"] = ppo.sample(mb["dist"])
-    mb["logprobs"] = ppo.log_prob(mb["dist"], mb["actions"])
-    advantages, returns = torch.randn(2, len(mb["values"]))
-    return rows | mb | {"advantages": 5 * advantages + 1, "returns": returns}
-
-
-@only_ppo
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("switch", [True, False])
-def test_loss_is_the_sum_of_what_the_flags_ask_for(
-    make_agent: Callable[..., nn.Module],
-    observe: Callable[[int], dict[str, Tensor]],
-    shake: Callable[[nn.Module, float], None],
-    surrogate: str,
-    switch: bool,
-) -> None:
-    """loss = policy loss + c1 * value loss - c2 * entropy + beta * KL, row by row."""
-    flags = {"norm_adv": switch, "clip_vloss": switch, "surrogate": surrogate, "clip_coef": 0.1}
-    args = ppo.Args(cuda=False, vf_coef=0.7, ent_coef=0.3, **flags)
-    agent = make_agent(norm_obs=True)
-    agent.obs_stats.update(observe(50)["obs"])
-    mb = minibatch(agent, observe(32))
-    shake(agent, 0.3)
-    loss, stats = ppo.ppo_loss(agent, args, mb, torch.tensor(1.7))
-    with torch.no_grad():
-        new_values = agent.get_value(agent.features(mb)).numpy()
-        new = Categorical(logits=agent.get_dist(agent.features(mb)))
-    logratios = (new.log_prob(mb["actions"]) - mb["logprobs"]).numpy()
-    kl = kl_divergence(Categorical(logits=mb["dist"]), new).mean().item()
-    rows = {name: x.double().numpy() for name, x in mb.items()}
-    advantages = rows["advantages"]
-    if switch:
-        advantages = (advantages - advantages.mean()) / advantages.std()
-    policy, value, far = 0.0, 0.0, 0
-    for i in range(32):
-        ratio = math.exp(logratios[i])
-        gain = ratio * advantages[i]
-        if surrogate == "clip":
-            far += not 0.9 <= ratio <= 1.1
-            gain = min(gain, min(max(ratio, 0.9), 1.1) * advantages[i])
-        policy -= gain / 32
-        error = (new_values[i] - rows["returns"][i]) ** 2
-        if switch:
-            held = min(max(new_values[i], rows["values"][i] - 0.1), rows["values"][i] + 0.1)
-            error = max(error, (held - rows["returns"][i]) ** 2)
-        value += 0.5 * error / 32
-    assert stats["policy_loss"].item() == pytest.approx(policy, rel=1e-4, abs=1e-5)
-    assert stats["value_loss"].item() == pytest.approx(value, rel=1e-4)
-    assert stats["clipfrac"].item() == pytest.approx(far / 32)
-    penalty = 1.7 * kl if surrogate.startswith("kl") else 0.0
-    expected = policy + 0.7 * value - 0.3 * new.entropy().mean().item() + penalty
-    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert (0 < far < 32) if surrogate == "clip" else kl > 1e-3  # the rows put it to the test
-    assert all(x.shape == () and not x.requires_grad for x in stats.values())
-
-
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("clip_vloss", [True, False])
-def test_gradient_against_finite_differences(surrogate: str, clip_vloss: bool) -> None:
-    """Of a linear agent's weights, through all terms."""
-    old_policy, policy = torch.randn(2, 4, 3, dtype=torch.float64)
-    old_critic, critic = torch.randn(2, 4, 1, dtype=torch.float64)
-
-    def linear(policy: Tensor, critic: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(
-            features=lambda rows: rows["obs"],
-            get_dist=lambda features: (features @ policy).log_softmax(dim=-1),
-            get_value=lambda features: (features @ critic).squeeze(-1),
-        )
-
-    mb = minibatch(linear(old_policy, old_critic), {"obs": torch.randn(20, 4).double()})
-    flags = {"surrogate": surrogate, "clip_vloss": clip_vloss, "ent_coef": 0.1}
-    args = ppo.Args(cuda=False, **flags)
-
-    def loss(policy: Tensor, critic: Tensor) -> Tensor:
-        return ppo.ppo_loss(linear(policy, critic), args, mb, BETA)[0]
-
-    assert torch.autograd.gradcheck(loss, (policy.requires_grad_(), critic.requires_grad_()))
-
-
-@only_ppo
-def test_first_ratio_is_1(
-    make_agent: Callable[..., nn.Module], observe: Callable[[int], dict[str, Tensor]]
-) -> None:
-    """Exactly on the rows as they were; nearly so in shuffled minibatches of another size."""
-    agent, args = make_agent(norm_obs=True), ppo.Args(cuda=False)
-    agent.obs_stats.update(observe(500)["obs"])
-    mb = minibatch(agent, observe(64))
-    stats = ppo.ppo_loss(agent, args, mb, BETA)[1]
-    for name in ("approx_kl", "old_approx_kl", "clipfrac"):
-        assert stats[name] == 0
-    rows = torch.randperm(64)[:8]
-    stats = ppo.ppo_loss(agent, args, {name: x[rows] for name, x in mb.items()}, BETA)[1]
-    assert abs(stats["old_approx_kl"].item()) < 1e-5 and abs(stats["approx_kl"].item()) < 1e-6
-    assert stats["clipfrac"] == 0

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import column, metrics, read_csv, spy, tiny
+from helpers import column, metrics, read_csv, spy, summary, tiny
 from torch import Tensor
 
 import ppo
@@ -42,10 +43,6 @@ def learn(**changes: object) -> ppo.Agent:
     return agent
 
 
-def summary(folder: str) -> dict[str, float]:
-    return json.loads(Path(folder, "summary.json").read_text())
-
-
 def joined(calls: list[tuple[tuple, dict, object]], name: str) -> Tensor:
     """One name of all batches that add_advantages was given, (T * iterations, N, ...)."""
     return torch.cat([args[2][name] for args, _, _ in calls])
@@ -54,9 +51,10 @@ def joined(calls: list[tuple[tuple, dict, object]], name: str) -> Tensor:
 # ---- rows are transitions
 
 
-@pytest.mark.parametrize("num_steps", [1, 8, 40])
-@pytest.mark.parametrize("copy", [True, False], ids=["", "reused arrays"])
-@pytest.mark.parametrize("script", [ppo, ppo_continuous], ids=["ppo", "ppo_continuous"])
+@pytest.mark.parametrize(
+    ("script", "copy", "num_steps"),
+    [(ppo, True, 1), (ppo, True, 40), (ppo, False, 1), (ppo, False, 40), (ppo_continuous, True, 8)],
+)
 def test_rows_are_transitions(
     script: ModuleType, copy: bool, num_steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +171,11 @@ def test_rewards_are_divided_by_the_std_of_discounted_sums(monkeypatch: pytest.M
                 start = t + 1
     std = np.repeat([sums[: T * (k + 1)].std() for k in range(8)], T)
     np.testing.assert_allclose(joined(batches, "rewards"), raw / std[:, None], rtol=1e-4)
+
+
+def test_rewards_of_0_are_no_division_by_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envs.Constant, "reward", 0.0)
+    assert len(metrics(train(env_id="envs:Constant-v0", norm_reward=True))) == 8
 
 
 # ---- same seed, same numbers
@@ -388,26 +391,11 @@ def test_explained_variance_is_the_critic_before_it_learns(
 # ---- the surrogates and the other settings
 
 
-def test_each_surrogate_changes_the_run_by_its_own_terms() -> None:
-    """Only clip knows the clip range, only the penalties have a beta; without, it goes furthest."""
-    settings = {"learning_rate": 1e-2, "anneal_lr": False, "update_epochs": 4}
-    runs = {
-        name: train(surrogate=name, **settings)
-        for name in ("clip", "kl-adaptive", "kl-fixed", "none")
-    }
-    entropies = {tuple(column(folder, "losses/entropy")) for folder in runs.values()}
-    assert len(entropies) == 4
-    for name, folder in runs.items():
-        assert ("losses/kl_coef" in metrics(folder)[0]) == name.startswith("kl")
-        assert any(column(folder, "losses/clipfrac")) == (name == "clip")
-        coefficients = {"clip_coef": 0.02} if name == "clip" else {"kl_coef": 100.0}
-        others = {"kl_coef": 100.0, "kl_target": 1.0} if name == "clip" else {"clip_coef": 0.02}
-        assert metrics(train(surrogate=name, **settings, **others)) == metrics(folder)
-        if name != "none":
-            narrow = train(surrogate=name, **settings, **coefficients)
-            kls = [np.mean(column(run, "losses/approx_kl")) for run in (narrow, folder)]
-            assert kls[0] < 0.9 * kls[1]
-    assert set(column(runs["kl-fixed"], "losses/kl_coef")) == {1.0}
+LIVELY = {"learning_rate": 3e-3, "update_epochs": 4}  # so that clipping happens
+
+
+def test_a_fixed_beta_stays() -> None:
+    assert set(column(train(surrogate="kl-fixed", **LIVELY), "losses/kl_coef")) == {1.0}
 
 
 @pytest.mark.parametrize("target", [1e-9, 0.01, 1e9])
@@ -437,36 +425,17 @@ def test_adaptive_beta_follows_the_kl_of_the_whole_batch(
         assert betas[-1] in (pytest.approx(0.0005), pytest.approx(500))
 
 
-LIVELY = {"learning_rate": 3e-3, "update_epochs": 4}  # so that clipping happens
-CHANGES = {"seed": 2, "num_envs": 8, "num_steps": 8, "num_minibatches": 4, "update_epochs": 3}
-CHANGES |= {"gamma": 0.9, "gae_lambda": 0.9, "norm_obs": True, "norm_reward": True}
-CHANGES |= {"learning_rate": 0.01, "anneal_lr": False, "final_lr_fraction": 0.5}
-CHANGES |= {"recompute_advantages": True, "norm_adv": False, "clip_coef": 0.05, "target_kl": 1e-4}
-CHANGES |= {"clip_vloss": True, "vf_coef": 0.1, "ent_coef": 0.1, "max_grad_norm": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def usual(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return train(run_dir=str(tmp_path_factory.mktemp("usual")), **LIVELY)
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_each_setting_changes_the_run(name: str, usual: str) -> None:
-    changed = train(**(LIVELY | {name: CHANGES[name]}))
-    for losses in ("losses/entropy", "losses/value_loss"):
-        assert column(changed, losses) != column(usual, losses)
-        assert np.isfinite(column(changed, losses)).all()
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("surrogate", ["clip", "kl-adaptive"])
-def test_compile_gives_the_same_run(surrogate: str) -> None:
+def test_compile_gives_the_same_run(surrogate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiles = spy(monkeypatch, torch, "compile")
     settings = LIVELY | {"surrogate": surrogate, "norm_obs": True, "clip_vloss": True}
     eager, compiled = (train(compile=compile, **settings) for compile in (False, True))
     for name in metrics(eager)[0]:
         both = column(eager, name), column(compiled, name)
         np.testing.assert_allclose(*both, rtol=0.01, atol=1e-3)
+    assert len(compiles) == 1
 
 
 # ---- what cannot go on
@@ -475,7 +444,6 @@ def test_compile_gives_the_same_run(surrogate: str) -> None:
 @pytest.mark.parametrize(
     ("way", "names"),
     [
-        ("obs", r"\['obs', "),
         ("first", r"\['obs', "),
         ("endless", r"\['obs'"),
         ("final", r"\['next_obs', "),
@@ -500,7 +468,7 @@ def test_nan_and_infinity_stop_the_run_and_are_named(way: str, names: str) -> No
 # ---- environments of all kinds
 
 
-@pytest.mark.parametrize("coded", ["matrix", "discrete", "multidiscrete", "tuple", "dict", "from1"])
+@pytest.mark.parametrize("coded", ["dict", "from1"])
 def test_discrete_identity_is_learned(coded: str) -> None:
     """10 steps of at most 1, however the right action is written into the observation."""
     folder = train(env_id=f"envs:Identity-{coded}-v0", gamma=0.5, **FAST)
@@ -598,13 +566,14 @@ SUMMARY += ["eval_return_mean", "eval_return_std", "eval_episodes"]
 
 
 def test_files_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of 600 steps, rounded down to 4 batches of 128, and of a label with / and :."""
-    settings = {"total_timesteps": 600, "num_steps": 32, "exp_name": "a/b:c", "seed": 7}
-    args = tiny(ppo, run_dir=None, eval_episodes=2, **settings)
+    """Of 700 steps, rounded down to 5 batches of 128, and of a label with / and :."""
+    settings = {"total_timesteps": 700, "num_steps": 32, "exp_name": "a/b:c", "seed": 7}
+    settings |= {"env_id": "envs:Counter-v0", "eval_episodes": 2}
+    args = tiny(ppo, run_dir=None, **settings)
     folder = Path(ppo.train(args))
     assert folder.parent == Path("runs").absolute()
     *name, now = folder.name.split("__")
-    assert name == ["CartPole-v1", "a-b-c", "7"] and int(now) > 1_600_000_000
+    assert name == ["envs-Counter-v0", "a-b-c", "7"] and int(now) > 1_600_000_000
     files = {"config.json", "script.py", "metrics.csv", "episodes.csv", "checkpoint.pt"}
     assert {path.name for path in folder.iterdir()} == files | {"summary.json"}
     assert json.loads((folder / "config.json").read_text()) == asdict(args)
@@ -612,20 +581,23 @@ def test_files_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
 
     rows = read_csv(folder / "metrics.csv")
     assert sorted(rows[0]) == sorted(COLUMNS)
-    assert [row["global_step"] for row in rows] == ["128", "256", "384", "512"]
+    assert [row["global_step"] for row in rows] == ["128", "256", "384", "512", "640"]
     times = column(str(folder), "wall_time")
     assert times == sorted(times)
     episodes = read_csv(folder / "episodes.csv")
     assert list(episodes[0]) == ["global_step", "episodic_return", "episodic_length"]
+    assert len(episodes) > 100  # their returns rise
     for name in ("episodic_return", "episodic_length"):
         mean = np.mean([float(row[name]) for row in episodes[-100:]])
         assert float(rows[-1][f"charts/{name}"]) == pytest.approx(mean)
 
-    kept = summary(str(folder))
+    kept = summary(folder, times=True)
     assert sorted(kept) == sorted(SUMMARY)
-    assert kept["global_step"] == 512 and kept["eval_episodes"] == 2
+    assert kept["global_step"] == 640 and kept["eval_episodes"] == 2
     assert kept["train_return_last100"] == float(rows[-1]["charts/episodic_return"])
-    assert f"eval_return_mean={kept['eval_return_mean']}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"^step 128, \d+ SPS, return \d", said, re.MULTILINE)
+    assert f"eval_return_mean={kept['eval_return_mean']}" in said
     checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     assert checkpoint["args"] == asdict(args)
     evaluation = {name: kept[name] for name in kept if name.startswith("eval")}
