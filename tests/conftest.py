@@ -10,7 +10,6 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ale_py.vector_env import AtariVectorEnv
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 
@@ -92,21 +91,3 @@ def shake() -> Callable[[nn.Module, float], None]:
             parameter += strength * torch.randn_like(parameter) / parameter[0].numel() ** 0.5
 
     return shake
-
-
-@pytest.fixture
-def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, object]]]:
-    """limit(name=value) changes what the emulator is built with; returns all that it was."""
-    script = importlib.import_module("ppo_atari")
-
-    def limit(**changes: object) -> list[dict[str, object]]:
-        built = []
-
-        def build(game: str, num_envs: int, **kwargs: object) -> AtariVectorEnv:
-            built.append(kwargs | {"game": game, "num_envs": num_envs})
-            return AtariVectorEnv(game, num_envs, **(kwargs | changes))
-
-        monkeypatch.setattr(script, "AtariVectorEnv", build)
-        return built
-
-    return limit

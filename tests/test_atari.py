@@ -39,6 +39,23 @@ def tiny(**changes: object) -> ppo_atari.Args:
     return ppo_atari.Args(**(defaults | TINY | changes))
 
 
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, object]]]:
+    """limit(name=value) changes what the emulator is built with; returns all that it was."""
+
+    def limit(**changes: object) -> list[dict[str, object]]:
+        built = []
+
+        def build(game: str, num_envs: int, **kwargs: object) -> AtariVectorEnv:
+            built.append(kwargs | {"game": game, "num_envs": num_envs})
+            return AtariVectorEnv(game, num_envs, **(kwargs | changes))
+
+        monkeypatch.setattr(ppo_atari, "AtariVectorEnv", build)
+        return built
+
+    return limit
+
+
 def make(
     env_id: str = "BreakoutNoFrameskip-v4", num_envs: int = 2, **changes: object
 ) -> gym.vector.VectorEnv:
@@ -311,7 +328,7 @@ def test_training_learns_from_true_transitions_and_clipped_rewards(
     assert all(float(row["episodic_return"]) >= 30 * 20 for row in rows)
 
 
-def test_a_run_its_resumption_and_its_evaluation(
+def test_a_run_goes_on_and_its_evaluation_repeats(
     limit: Limit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit(num_threads=1, max_num_frames_per_episode=40)

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers import ROOT, metrics, read_csv
+from helpers import ROOT, flags, metrics, read_csv
 from packaging.requirements import Requirement
+
+import ppo
 
 NAMES = ("ppo", "ppo_continuous", "ppo_atari")
 CARD = {"gymnasium", "numpy", "torch", "tyro", "wandb"}
@@ -124,14 +126,16 @@ def test_results_are_of_the_present_scripts(
                 assert row["fingerprint"] == present[row["script"]], path.name
 
 
-def run(script: Path, folder: Path, **flags: object) -> None:
+def run(script: Path, folder: Path, **settings: object) -> None:
     """The command line, without the repository on Python's path; nothing may warn."""
-    words = []
-    for flag, value in flags.items():
-        form = f"--{'no-' * (value is False)}{flag.replace('_', '-')}"
-        words += [form] if isinstance(value, bool) else [form, str(value)]
     process = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", str(script), *words],
+        [
+            sys.executable,
+            "-W",
+            "error::DeprecationWarning:__main__",
+            str(script),
+            *flags(ppo, **settings),
+        ],
         cwd=folder,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
@@ -149,7 +153,7 @@ def test_a_script_alone_runs_and_the_script_of_its_run_reproduces_it(
     """Copied under another name into an empty folder; then script.py with config.json's values."""
     shutil.copy(ROOT / f"{name}.py", tmp_path / "mine.py")
     sizes = {"total_timesteps": 64, "num_envs": 2, "num_steps": 16, "num_minibatches": 2}
-    sizes |= {"torch_threads": 1, "eval_episodes": 0, "cuda": False}
+    sizes |= {"torch_threads": 1}
     run(tmp_path / "mine.py", tmp_path, env_id=ENV_IDS[name], **sizes)
     assert {path.name for path in tmp_path.iterdir()} == {"mine.py", "runs"}
     (folder,) = (tmp_path / "runs").iterdir()
@@ -165,6 +169,6 @@ def test_a_script_alone_runs_and_the_script_of_its_run_reproduces_it(
 def test_an_environment_beside_a_script_alone_is_found(tmp_path: Path) -> None:
     shutil.copy(ROOT / "ppo.py", tmp_path)
     shutil.copy(Path(__file__).parent / "envs.py", tmp_path / "my_module.py")
-    sizes = {"total_timesteps": 512, "num_steps": 16, "eval_episodes": 1, "run_dir": "run"}
-    run(tmp_path / "ppo.py", tmp_path, env_id="my_module:Identity-dict-v0", cuda=False, **sizes)
-    assert len(metrics(tmp_path / "run")) == 4
+    settings = {"env_id": "my_module:Identity-dict-v0", "eval_episodes": 1, "run_dir": "run"}
+    run(tmp_path / "ppo.py", tmp_path, **settings)
+    assert len(metrics(tmp_path / "run")) == 8
