@@ -395,8 +395,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         explained = 1 - (batch["advantages"].var() / batch["returns"].var()).item()
 
         # ---- Phase 4: update: better actions become likelier, in shuffled minibatches
-        # beta, as a tensor: --compile compiles each new number
-        kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)
+        kl_coef = torch.tensor(args.kl_coef * state["kl_scale"], device=device)  # for --compile
         all_stats = []
         for epoch in range(args.update_epochs):
             if args.recompute_advantages and epoch > 0:
@@ -593,8 +592,9 @@ class Log:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
         plain = {"state": self.state, "args": vars(self.args)}  # numpy's numbers become Python's
         checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))
-        (self.folder / "config.json").write_text(json.dumps(checkpoint["args"], indent=2))
-        (self.folder / "script.py").write_bytes(self.script)
+        if self.next_save == 0.0:  # once the columns fit
+            (self.folder / "config.json").write_text(json.dumps(checkpoint["args"], indent=2))
+            (self.folder / "script.py").write_bytes(self.script)
         with open(self.folder / "checkpoint.pt.tmp", "wb") as file:
             torch.save(checkpoint, file)
             os.fsync(file.fileno())
