@@ -42,20 +42,20 @@ Rows = dict[str, Tensor]  # "obs", ... of transitions, (steps, envs, ...) or (ro
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # or "my_module:MyEnv-v0", which imports my_module
-    total_timesteps: int = 150_000  # over all environments, in whole batches
+    total_timesteps: int = 100_000  # over all environments, in whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
     exp_name: str = Path(__file__).stem  # part of the folder's name
     num_envs: int = 8  # N, stepped together; 1 to 64
-    num_steps: int = 32  # T, steps of each per batch; 16 to 2048
-    gamma: float = 0.98  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
-    gae_lambda: float = 0.8  # 0: trust the critic (bias), 1: the rewards (variance)
+    num_steps: int = 128  # T, steps of each per batch; 16 to 2048
+    gamma: float = 0.99  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
+    gae_lambda: float = 0.95  # 0: trust the critic (bias), 1: the rewards (variance)
     norm_obs: bool = False  # normalize observations, where their scales differ
-    norm_reward: bool = False  # divide rewards by the std of discounted sums
+    norm_reward: bool = True  # divide rewards by the std of discounted sums
     learning_rate: float = 1e-3  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
     final_lr_fraction: float = 0.0  # share of the rate left at the end
     update_epochs: int = 10  # passes over each batch; 3 to 20
-    num_minibatches: int = 1  # gradient steps per pass, usually of 64 to 512 rows
+    num_minibatches: int = 4  # gradient steps per pass, usually of 64 to 512 rows
     recompute_advantages: bool = False  # between epochs, by the newer critic
     norm_adv: bool = True  # normalize the advantages of each minibatch
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # limits updates

@@ -15,12 +15,12 @@ import ppo_continuous
 
 # Command lines, and after the arrow what the refusal says; else it names the last flag and value.
 BAD = """
---total-timesteps 100 -> --total-timesteps 100: is less than a batch of 256
+--total-timesteps 100 -> --total-timesteps 100: is less than a batch of 1024
 --num-envs 0
 --num-steps -128
 --num-minibatches 0
---num-minibatches 3 -> --num-minibatches 3: leaves 85.3333 of 256 rows
---total-timesteps 256 --num-minibatches 256 -> --num-minibatches 256: leaves 1 of 256 rows
+--num-minibatches 3 -> --num-minibatches 3: leaves 341.333 of 1024 rows
+--num-minibatches 1024 -> --num-minibatches 1024: leaves 1 of 1024 rows
 --update-epochs 0
 --gamma 1.01
 --gae-lambda nan

@@ -192,11 +192,12 @@ def test_python_code_runs(my_envs: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("MPLBACKEND", "agg")
     namespace: dict[str, object] = {}
     for text in PYTHON:
-        code = compile(text.replace("50_000", "512").replace("100_000", "768"), "README.md", "exec")
+        short = text.replace("50_000", "1024").replace("100_000", "2048")
+        code = compile(short, "README.md", "exec")
         if text != my_envs and ("minigrid" not in text or importlib.util.find_spec("minigrid")):
             exec(code, namespace)
     rows = Path(namespace["folder"], "metrics.csv").read_text().splitlines()
-    assert rows[-1].startswith("768,")
+    assert rows[-1].startswith("2048,")
     assert Path("returns.png").stat().st_size > 1000
 
 

@@ -111,7 +111,7 @@ def test_first_episodes_end_at_different_times() -> None:
 )
 def test_value_of_reward_1(name: str, states: list[float], values: list[float]) -> None:
     """1 / (1 - gamma) where only time limits end episodes; 1 + gamma + gamma^2 before 3 steps."""
-    settings = FAST | {"total_timesteps": 20 * 256, "learning_rate": 1e-2}
+    settings = FAST | {"total_timesteps": 20 * 256, "learning_rate": 1e-2, "norm_reward": False}
     agent = learn(env_id=f"envs:{name}-v0", gamma=0.9, gae_lambda=0.95, **settings)
     learned = agent.get_value(torch.tensor(states).float().view(-1, 1)).tolist()
     assert learned == pytest.approx(values, rel=0.05)
@@ -265,7 +265,8 @@ def test_each_epoch_uses_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None
     """In minibatches of one size, in another order each time, and without mixing up the rows."""
     losses = spy(monkeypatch, ppo, "ppo_loss")
     batches = spy(monkeypatch, ppo, "add_advantages")
-    train(env_id="envs:Counter-v0", num_minibatches=4, update_epochs=3, total_timesteps=128)
+    sizes = {"num_minibatches": 4, "update_epochs": 3, "total_timesteps": 128}
+    train(env_id="envs:Counter-v0", norm_reward=False, **sizes)
     assert len(losses) == 2 * 3 * 4
     assert {len(x) for (_, _, mb, _), _, _ in losses for x in mb.values()} == {T * N // 4}
     orders = []
@@ -303,12 +304,12 @@ def test_each_step_follows_the_clipped_gradient_of_its_minibatch(
 
     monkeypatch.setattr(ppo, "ppo_loss", watched)
     monkeypatch.setattr(torch.optim, "Adam", WatchedAdam)
-    folder = train(max_grad_norm=3.3)
+    folder = train(max_grad_norm=5.3, norm_reward=False)
     assert len(taken) == len(expected) == 8 * 4
     norms = torch.stack([gradient.norm() for gradient in expected])
-    assert (norms > 3.3).any() and (norms < 3.3).any()
+    assert (norms > 5.3).any() and (norms < 5.3).any()
     for gradient, norm, step in zip(expected, norms, taken, strict=True):
-        torch.testing.assert_close(step, gradient * (3.3 / norm).clamp(max=1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(step, gradient * (5.3 / norm).clamp(max=1), rtol=1e-4, atol=1e-6)
     logged = column(folder, "losses/grad_norm")
     assert logged == pytest.approx(norms.view(8, 4).mean(dim=1).tolist(), rel=1e-4)
 
@@ -459,7 +460,8 @@ def test_nan_and_infinity_stop_the_run_and_are_named(way: str, names: str) -> No
     and is met an iteration earlier, as 16 steps precede the first.
     """
     with pytest.raises(FloatingPointError, match=f"NaN or infinite: {names}"):
-        train(env_id=f"envs:Bad-{way}-v0", norm_obs=way == "endless", run_dir="run")
+        settings = {"norm_obs": way == "endless", "norm_reward": False, "run_dir": "run"}
+        train(env_id=f"envs:Bad-{way}-v0", **settings)
     assert len(metrics("run")) == 3 - (way == "endless")
     checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
     assert all(x.isfinite().all() for x in checkpoint["agent"].values())

@@ -29,8 +29,8 @@ BUGS = sorted((ROOT / "tests/bugs").glob("*.patch"))
 RIGHT = "none"
 SCRIPTS = {"CartPole-v1": "ppo.py", "Hopper-v5": "ppo_continuous.py"}
 FLAGS = {
-    "CartPole-v1": "--total-timesteps 100000 --num-minibatches 4 --norm-obs --norm-reward "
-    "--target-kl None",
+    "CartPole-v1": "--total-timesteps 100000 --num-steps 32 --num-minibatches 4 --gamma 0.98 "
+    "--gae-lambda 0.8 --norm-obs --norm-reward --target-kl None",
     "Hopper-v5": "--total-timesteps 150000",
 }
 COMMON = "--eval-episodes 20 --no-cuda --torch-threads 1"

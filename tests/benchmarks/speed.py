@@ -51,7 +51,8 @@ SETTINGS = {
         "CartPole-v1, 4 envs x 128 steps, 4 epochs x 4 minibatches (CleanRL's settings)",
         "ppo.py",
         "--num-envs 4 --num-steps 128 --update-epochs 4 --num-minibatches 4 --learning-rate 2.5e-4 "
-        "--gamma 0.99 --gae-lambda 0.95 --clip-vloss --ent-coef 0.01 --target-kl None",
+        "--gamma 0.99 --gae-lambda 0.95 --no-norm-reward --clip-vloss --ent-coef 0.01 "
+        "--target-kl None",
         200_000,
         "CartPole-v1",
         4,

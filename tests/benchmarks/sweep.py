@@ -47,12 +47,11 @@ class Experiment:
     settings: dict[str, str] = field(default_factory=lambda: {"defaults": ""})
 
 
-ACROBOT = """--total-timesteps 500000 --num-envs 16 --num-steps 128 --num-minibatches 8 --gamma 0.99
-    --gae-lambda 0.95 --norm-obs"""
-MOUNTAIN_CAR = """--total-timesteps 1000000 --num-envs 16 --num-steps 64 --num-minibatches 4
-    --update-epochs 4 --gamma 0.99 --gae-lambda 0.98 --norm-obs --norm-reward"""
+ACROBOT = "--total-timesteps 500000 --num-envs 16 --num-minibatches 8 --norm-obs"
+MOUNTAIN_CAR = """--total-timesteps 1000000 --num-envs 16 --num-steps 64 --update-epochs 4
+    --gae-lambda 0.98 --norm-obs"""
 LUNAR_LANDER = """--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-minibatches 16
-    --learning-rate 3e-4 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01 --norm-obs --norm-reward"""
+    --learning-rate 3e-4 --gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01 --norm-obs"""
 SWIMMER = """--num-envs 4 --num-steps 1024 --num-minibatches 16 --learning-rate 6e-4 --gamma 0.9999
     --gae-lambda 0.98"""
 ANT = "--gamma 0.99 --num-minibatches 8 --no-norm-obs --init-log-std -1.5"
@@ -95,8 +94,7 @@ SURROGATES = {
     "fixed-3": "--surrogate kl-fixed --kl-coef 3",
     "fixed-10": "--surrogate kl-fixed --kl-coef 10",
 }
-POSITIONS = """--total-timesteps 300000 --num-envs 16 --num-steps 64 --num-minibatches 4
-    --update-epochs 4 --gamma 0.99 --gae-lambda 0.95 --norm-obs"""
+POSITIONS = "--total-timesteps 300000 --num-envs 16 --num-steps 64 --update-epochs 4 --norm-obs"
 HIDDEN = {"envs:Positions-v0": POSITIONS, "envs:Cue-v0": "--total-timesteps 60000"}  # tests/envs.py
 MULTIPLIERS = {
     "clip": "",
