@@ -267,7 +267,7 @@ def test_two_tracked_runs_of_one_process_are_two_runs_of_wandb(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    code = "import ppo; [ppo.train(ppo.Args(run_dir=x, track=True, total_timesteps=256, "
+    code = "import ppo; [ppo.train(ppo.Args(run_dir=x, track=True, total_timesteps=1024, "
     code += "eval_episodes=0, cuda=False)) for x in ('one', 'two')]"
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environ)
