@@ -58,7 +58,7 @@ class Args:
     num_minibatches: int = 4  # gradient steps per pass, usually of 64 to 512 rows
     recompute_advantages: bool = False  # between epochs, by the newer critic
     norm_adv: bool = True  # normalize the advantages of each minibatch
-    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # limits updates
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # objective
     clip_coef: float = 0.1  # epsilon: no gain if p_new/p_old leaves 1 +- epsilon; 0.1 to 0.3
     kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
@@ -181,7 +181,7 @@ class Agent(nn.Module):
         self.network = nn.Sequential(*layers)
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
         gains = {self.actor: 0.01, self.critic: 1.0}  # 0.01: actions start about equally likely
-        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1: for your schedules
+        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1, set by ppo()
         for layer in (conv1, conv2, conv3, linear, self.actor, self.critic):
             nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
             nn.init.zeros_(layer.bias)
@@ -202,7 +202,7 @@ class Agent(nn.Module):
 
 # >>> shared: algorithm
 def all_mean(x: Tensor) -> Tensor:
-    """Average x, in place, over the processes of torchrun, if there are several."""
+    """Average x, in place, over the processes of torchrun, if any."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
         x /= torch.distributed.get_world_size()
@@ -223,7 +223,7 @@ class RunningMeanStd(nn.Module):
         x = x.double()
         mean = all_mean(x.mean(dim=0))
         var = all_mean(((x - mean) ** 2).mean(dim=0))
-        share = len(x) / (self.count + len(x))  # x, count: of one process; all equal
+        share = len(x) / (self.count + len(x))  # len(x), count: the same in all processes
         self.var += share * (var - self.var) + share * (1 - share) * (mean - self.mean) ** 2
         self.mean += share * (mean - self.mean)
         self.count += len(x)
@@ -286,7 +286,8 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
     # r = pi_new(a|s) / pi_old(a|s): importance weights, as the actions are the old policy's
     logratio = log_prob(dist, mb["actions"]) - mb["logprobs"]
     ratio = logratio.exp()
-    objective, clipped, stats = ratio * advantages, torch.zeros_like(ratio), {}
+    objective, clipped = ratio * advantages, torch.zeros_like(ratio)
+    penalty, stats = 0.0, {}
     if args.surrogate == "clip":
         # L_CLIP = E[min(r * A, clip(r, 1 - eps, 1 + eps) * A)]: nothing to gain from r > 1 + eps
         # if A > 0, from r < 1 - eps if A < 0; where r went the wrong way, the way back is open:
@@ -295,23 +296,22 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         objective = torch.min(objective, clipped_ratio * advantages)
         clipped = ((ratio - 1).abs() > args.clip_coef).float()
     elif args.surrogate in ("kl-fixed", "kl-adaptive"):
-        # L_KLPEN = E[r * A - beta * KL[old || new]], KL exact; the penalty follows below
+        # L_KLPEN = E[r * A - beta * KL[old || new]], KL exact
         stats = {"kl": kl_divergence(mb["dist"], dist).mean(), "kl_coef": kl_coef}
+        penalty = kl_coef * stats["kl"]
     elif args.surrogate != "none":
         raise ValueError(f"unknown surrogate {args.surrogate}")
     policy_loss = -objective.mean()
     # L_VF = 1/2 * E[(V - return)^2]; clipped: in each row the larger one of this square and
-    # (V_old + clip(V - V_old, -eps, eps) - return)^2
+    # (V_old + clip(V - V_old, -eps, eps) - return)^2; V_old: of the last add_advantages
     value_error = (values - mb["returns"]) ** 2
     if args.clip_vloss:
         change = (values - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
         value_error = torch.max(value_error, (mb["values"] + change - mb["returns"]) ** 2)
     value_loss = 0.5 * value_error.mean()
-    # loss = -L_CLIP (or -L_KLPEN) + vf_coef * L_VF - ent_coef * H
+    # loss = -L_CLIP (or -L_KLPEN, with its penalty) + vf_coef * L_VF - ent_coef * H
     mean_entropy = entropy(dist).mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * mean_entropy
-    if "kl" in stats:
-        loss = loss + kl_coef * stats["kl"]
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * mean_entropy + penalty
     stats |= {
         "policy_loss": policy_loss,
         "value_loss": value_loss,
@@ -334,7 +334,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     agent = Agent(envs, args).to(device)
     parameters = [x for x in agent.parameters() if x.requires_grad]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    learning_rates = [group["lr"] for group in optimizer.param_groups]  # at the start
+    learning_rates = [group["lr"] for group in optimizer.param_groups]  # not annealed
     reward_stats = RunningMeanStd().to(device)
     loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
     if N < args.num_envs:  # torchrun's processes split the environments
@@ -390,7 +390,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         # (T, N, ...) each. Phases 3 and 4 add values and log-probabilities: faster in one pass
         batch = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(scalars).to(device)
-        if args.norm_reward:  # only the scale: a shift would change the task
+        if args.norm_reward:  # for the critic; a shift would change the task
             past_sums = torch.zeros_like(batch["rewards"])
             for t in range(T):
                 past_sums[t] = past_sum = batch["rewards"][t] + args.gamma * past_sum
@@ -425,11 +425,11 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 optimizer.step()
                 all_stats.append(stats)
             if args.target_kl is not None:
-                # Taken before each step: 0 in the first minibatch, blind to the last step
+                # Each precedes its own step: the very first is 0, the last step unseen
                 kls = [stats["approx_kl"] for stats in all_stats[-args.num_minibatches :]]
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
-        if args.surrogate == "kl-adaptive":  # [PPO] section 4; flat is the whole batch
+        if args.surrogate == "kl-adaptive":  # [PPO] section 4; beta = kl_coef * kl_scale
             dist = agent.get_dist(agent.features(flat)).detach()
             kl = all_mean(kl_divergence(flat["dist"], dist).mean())
             if kl < args.kl_target / 1.5:
@@ -440,12 +440,12 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             agent.obs_stats.update(flat["obs"])  # (critical: not before; first ratios must be 1)
 
         # ---- Phase 5: record; the batch is thrown away
-        metrics = {"charts/learning_rate": fraction * args.learning_rate}
+        metrics = {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
         metrics["losses/explained_variance"] = explained
         for name in all_stats[0]:  # over this process's minibatches
             metrics[f"losses/{name}"] = torch.stack([x[name] for x in all_stats]).mean().item()
-        if not math.isfinite(metrics["losses/grad_norm"] + (args.norm_obs and flat["obs"].sum())):
-            bad = [name for name, x in flat.items() if not x.isfinite().all()]
+        bad = [name for name, x in flat.items() if not x.isfinite().all()]
+        if bad or not math.isfinite(metrics["losses/grad_norm"]):
             raise FloatingPointError(f"NaN or infinite: {bad or 'gradient'}")
         if log:
             log.iteration_ended(metrics, modules)
@@ -586,8 +586,8 @@ class Log:
             self.next_save = now + max(2, 100 * (time.monotonic() - now))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        if self.state["columns"].setdefault(name, list(row)) != list(row):
-            raise BadInput(f"{self.folder / name} has other columns than {list(row)}")
+        if (old := self.state["columns"].setdefault(name, list(row))) != list(row):
+            raise BadInput(f"{self.folder / name}: columns differ: {sorted({*old} ^ {*row})}")
         try:
             with open(self.folder / name, "a") as file:
                 if file.tell() == 0:
@@ -601,7 +601,7 @@ class Log:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
         plain = {"state": self.state, "args": vars(self.args)}  # numpy's numbers become Python's
         checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))
-        if self.next_save == 0.0:  # once the columns fit
+        if self.next_save == 0.0:  # the first time: now columns fit
             (self.folder / "config.json").write_text(json.dumps(checkpoint["args"], indent=2))
             (self.folder / "script.py").write_bytes(self.script)
         with open(self.folder / "checkpoint.pt.tmp", "wb") as file:
@@ -633,7 +633,7 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(args: Args, folder: Path) -> None:
-    """Raise BadInput, with flag, value and reason, for what cannot be run."""
+    """Raise BadInput: flag, value and reason."""
 
     def require(name: str, condition: bool, reason: str) -> None:
         if not condition:

@@ -124,6 +124,9 @@ def test_results_are_of_the_present_scripts(
         for row in read_csv(path):
             if row.get("fingerprint", "peer") != "peer":
                 assert row["fingerprint"] == present[row["script"]], path.name
+    for path in (ROOT / "tests/benchmarks/results").glob("*.md"):
+        marks = re.findall(r"\b[0-9a-f]{12}\b", path.read_text())
+        assert {*marks} <= {*present.values()}, path.name
 
 
 def run(script: Path, folder: Path, **settings: object) -> None:
