@@ -274,7 +274,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         raise ValueError(f"unknown surrogate {args.surrogate}")
     policy_loss = -objective.mean()
     # L_VF = 1/2 * E[(V - return)^2]; clipped: in each row the larger one of this square and
-    # (V_old + clip(V - V_old, -eps, eps) - return)^2; V_old: of the last add_advantages
+    # (V_old + clip(V - V_old, -eps, eps) - return)^2; V_old: from add_advantages
     value_error = (values - mb["returns"]) ** 2
     if args.clip_vloss:
         change = (values - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
@@ -310,13 +310,12 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
     if N < args.num_envs:  # torchrun's processes split the environments
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
-    # What --resume needs: what has a state_dict, and plain data
+    # For --resume: what has a state_dict, and plain data
     modules = {"agent": agent, "optimizer": optimizer, "reward_stats": reward_stats}
     state = {"global_step": 0, "kl_scale": 1.0, "wall_time": 0.0, "episodes": [], "columns": {}}
     state |= {"files": {"metrics.csv": 0, "episodes.csv": 0}, "id": os.urandom(4).hex()}
     if args.resume:
         state |= restore(folder, modules)["state"]
-    # A resumed run is not the same: new episodes, other random numbers
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
     # Stagger the first time limits (environment 0: full): else all end together
@@ -358,7 +357,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 state["global_step"] += args.num_envs
                 if log and "episode" in infos:
                     log.episodes_ended(infos)
-        # (T, N, ...) each. Phases 3 and 4 add values and log-probabilities: faster in one pass
+        # (T, N, ...) each. Values and log-probabilities come later: faster in one pass
         batch = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(scalars).to(device)
         if args.norm_reward:  # for the critic; a shift would change the task
@@ -460,7 +459,7 @@ def seed_all(*numbers: int) -> int:
 
 def train(args: Args) -> str:
     """Train and evaluate; returns the run folder. Raises BadInput."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     name = args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-")
     folder = Path(args.evaluate or args.resume or name).absolute()  # environments may chdir
     check(args, folder)
@@ -536,7 +535,7 @@ class Log:
             self.state["episodes"] = [*self.state["episodes"][-99:], (r, length)]
 
     def iteration_ended(self, metrics: dict[str, float], modules: dict[str, Any]) -> None:
-        """Write a row. Print and save every 2 s, less often if saving takes over 1% of time."""
+        """Write a row. Print and save every 2 s, less often if that takes over 1% of time."""
         state, now = self.state, time.monotonic()
         state["wall_time"] = round(now - self.start, 3)
         state["SPS"] = round(state["global_step"] / max(now - self.start, 1e-9))
@@ -570,8 +569,8 @@ class Log:
 
     def save(self, modules: dict[str, Any]) -> None:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
-        plain = {"state": self.state, "args": vars(self.args)}  # numpy's numbers become Python's
-        checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))
+        plain = {"state": self.state, "args": vars(self.args) | {"resume": None}}
+        checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))  # numpy's
         if self.next_save == 0.0:  # the first time: now columns fit
             (self.folder / "config.json").write_text(json.dumps(checkpoint["args"], indent=2))
             (self.folder / "script.py").write_bytes(self.script)
@@ -623,6 +622,7 @@ def check(args: Args, folder: Path) -> None:
     require("num_minibatches", rows % 1 == 0 and rows > 1, f"leaves {rows:g} of {batch} rows each")
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
+    require("run_dir", Path(args.run_dir or folder).absolute() == folder, "is for new runs")
     free = args.resume or args.evaluate or not folder.exists() or int(os.environ.get("RANK", 0))
     require("run_dir", free or folder.is_dir() and not os.listdir(folder), "is not an empty folder")
     require("eval_episodes", args.eval_episodes > 0 or not args.evaluate, "must be above 0")
@@ -634,7 +634,7 @@ def main() -> None:
     args = tyro.cli(Args)
     try:
         if folder := args.evaluate or args.resume:  # reparse, its arguments as defaults
-            given = {"resume": args.resume, "evaluate": args.evaluate}
+            given = {"resume": args.resume, "evaluate": args.evaluate, "run_dir": args.run_dir}
             args = tyro.cli(Args, default=Args(**restore(folder, {})["args"] | given))
         train(args)
     except BadInput as error:

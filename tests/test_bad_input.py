@@ -46,6 +46,7 @@ BAD = """
 --evaluate {full}
 --evaluate {own} --eval-episodes 0
 --resume {own} --gamma 7
+--resume {own} --run-dir other -> --run-dir other: is for new runs
 --resume {noise}
 --evaluate {truncated}
 --resume {without_agent}

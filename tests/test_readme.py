@@ -59,7 +59,7 @@ def test_every_command_can_be_run(
         with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit, match="0"):
             parsed(name, argv)
     else:
-        SCRIPTS[name].check(parsed(name, argv), Path("new"))
+        SCRIPTS[name].check(parsed(name, argv), Path("new").absolute())
 
 
 def test_settings_of_environments_are_those_that_are_measured(

@@ -98,7 +98,13 @@ def test_what_is_given_anew_on_resuming_holds() -> None:
     assert [config[name] for name in ("gamma", "seed", "kl_coef")] == [0.9, 5, 6.0]
     (group,) = saved(run)["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(rates[-1])
-    assert config["surrogate"] == "kl-adaptive" and config["resume"] == str(run)
+    assert config["surrogate"] == "kl-adaptive"
+    again = dataclasses.replace(ppo.Args(**config), run_dir="other")  # a new run, not the old one
+    assert ppo.train(again) == str(Path("other").absolute())
+
+
+def test_runs_started_together_have_folders_of_their_own() -> None:
+    assert len({ppo.train(tiny(ppo, run_dir=None)) for _ in range(3)}) == 3
 
 
 def test_resume_of_a_finished_run_changes_nothing() -> None:
