@@ -544,9 +544,6 @@ class Log:
         self.next_save, self.start = 0.0, time.monotonic() - state["wall_time"]
         folder.mkdir(parents=True, exist_ok=True)
         self.script = Path(__file__).read_bytes()
-        for name, size in state["files"].items():  # drop rows after the checkpoint
-            with open(folder / name, "ab") as file:
-                file.truncate(min(size, file.tell()))
         if args.track:
             import wandb
 
@@ -554,6 +551,9 @@ class Log:
             names |= {"name": folder.name, "id": state["id"], "dir": folder, "resume": "allow"}
             self.wandb = wandb.init(**names, config=vars(args), reinit="finish_previous")
             self.wandb.define_metric("*", step_metric="global_step")
+        for name, size in state["files"].items():  # cut rows after the checkpoint
+            with open(folder / name, "ab") as file:
+                file.truncate(min(size, file.tell()))
         print(f"{args.env_id}, seed {args.seed}, files in {folder}", flush=True)
 
     def episodes_ended(self, infos: dict[str, Any]) -> None:
@@ -580,8 +580,8 @@ class Log:
             print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
-            except OSError as error:  # the last save raises
-                print(f"{self.folder}/checkpoint.pt comes later: {error}", file=sys.stderr)
+            except (OSError, RuntimeError) as error:  # the last raises
+                print(f"{self.folder}/checkpoint.pt is late (disk full?): {error}", file=sys.stderr)
             self.next_save = now + max(2, 100 * (time.monotonic() - now))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
@@ -593,18 +593,18 @@ class Log:
                     print(*row, sep=",", file=file)
                 print(*row.values(), sep=",", file=file)
                 self.state["files"][name] = file.tell()
-        except OSError as error:  # to name the file
+        except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
 
     def save(self, modules: dict[str, Any]) -> None:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
-        plain = {"state": self.state, "args": vars(self.args) | {"resume": None}}
-        checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))  # numpy's
-        if self.next_save == 0.0:  # the first time: now columns fit
+        plain = {"state": self.state, "args": vars(self.args) | {"resume": None, "run_dir": None}}
+        checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))
+        if self.next_save == 0.0:  # now columns fit
             (self.folder / "config.json").write_text(json.dumps(checkpoint["args"], indent=2))
             (self.folder / "script.py").write_bytes(self.script)
         with open(self.folder / "checkpoint.pt.tmp", "wb") as file:
-            torch.save(checkpoint, file)
+            torch.save(checkpoint, file.name)  # Ctrl-C waits
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # whole or not at all
 
@@ -658,11 +658,11 @@ def check(args: Args, folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line. Bad input: one line, exit code 2. Ctrl-C: one line, 130."""
+    """The command line. Bad input: one line, exit code 2. Ctrl-C: 130."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = tyro.cli(Args)
     try:
-        if folder := args.evaluate or args.resume:  # reparse, its arguments as defaults
+        if folder := args.evaluate or args.resume:  # its arguments are the defaults
             given = {"resume": args.resume, "evaluate": args.evaluate, "run_dir": args.run_dir}
             args = tyro.cli(Args, default=Args(**restore(folder, {})["args"] | given))
         train(args)

@@ -99,8 +99,9 @@ def test_what_is_given_anew_on_resuming_holds() -> None:
     (group,) = saved(run)["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(rates[-1])
     assert config["surrogate"] == "kl-adaptive"
-    again = dataclasses.replace(ppo.Args(**config), run_dir="other")  # a new run, not the old one
-    assert ppo.train(again) == str(Path("other").absolute())
+    again = ppo.Args(**config)  # a new run, not the old one
+    assert ppo.train(dataclasses.replace(again, run_dir="other")) == str(Path("other").absolute())
+    assert ppo.train(dataclasses.replace(again, resume=str(run))) == str(run)
 
 
 def test_runs_started_together_have_folders_of_their_own() -> None:
