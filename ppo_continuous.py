@@ -571,9 +571,9 @@ class Log:
             print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
-            except (OSError, RuntimeError) as error:  # the last raises
+                self.next_save = now + max(2, 100 * (time.monotonic() - now))
+            except (OSError, RuntimeError) as error:  # the last save raises
                 print(f"{self.folder}/checkpoint.pt is late (disk full?): {error}", file=sys.stderr)
-            self.next_save = now + max(2, 100 * (time.monotonic() - now))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         if (old := self.state["columns"].setdefault(name, list(row))) != list(row):
@@ -591,7 +591,7 @@ class Log:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
         plain = {"state": self.state, "args": vars(self.args) | {"resume": None, "run_dir": None}}
         checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))
-        if self.next_save == 0.0:  # now columns fit
+        if self.next_save == 0.0:  # columns fit
             (self.folder / "config.json").write_text(json.dumps(checkpoint["args"], indent=2))
             (self.folder / "script.py").write_bytes(self.script)
         with open(self.folder / "checkpoint.pt.tmp", "wb") as file:

@@ -1,6 +1,7 @@
 """Faults around the algorithm: of simulators, signals, clocks, disks; what a user then reads."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -220,6 +221,21 @@ def test_a_full_disk_costs_no_earlier_checkpoint(missing: int, tmp_path: Path) -
     assert Path("run/checkpoint.pt").read_bytes() == good
     run_main(ppo, *argv)  # with room again
     assert_whole("run", 1024)
+
+
+def test_a_first_save_that_fails_is_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.json and script.py are written once."""
+    writes, write_bytes = [], Path.write_bytes
+
+    def failing_once(path: Path, content: bytes) -> int:
+        writes.append(path)
+        if len(writes) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", failing_once)
+    ppo.train(tiny(ppo, run_dir="run"))
+    assert Path("run/script.py").read_bytes() == Path(ppo.__file__).read_bytes()
 
 
 def test_a_file_that_cannot_grow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
