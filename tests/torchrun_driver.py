@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -123,6 +124,9 @@ def training(name: str, **flags: Any) -> dict[str, Any]:
     states |= {k: torch.stack([batch[k] for batch in batches]) for k in batches[0]}
     learning = [x for x in made["agent"].parameters() if x.requires_grad]
     states |= {"parameters": sum(x.numel() for x in learning)}
+    end = time.monotonic() + 2  # Linux lists a thread for a moment after it was joined
+    while group_threads() and time.monotonic() < end:
+        time.sleep(0.01)
     threads = {"training": made["threads"], "trained": group_threads()}
     return states | {"betas": betas, "sizes": sizes, "threads": threads, "folder": folder}
 
