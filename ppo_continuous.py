@@ -415,7 +415,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 optimizer.step()
                 all_stats.append(stats)
             if args.target_kl is not None:
-                # Each precedes its own step: the very first is 0, the last step unseen
+                # Each KL precedes its own step: the very first is 0, the last step unseen
                 kls = [stats["approx_kl"] for stats in all_stats[-args.num_minibatches :]]
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
@@ -486,7 +486,7 @@ def train(args: Args) -> str:
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     films = args.capture_video and os.environ.get("RANK", "0") == "0"
-    videos = folder / f"videos/{time.time():.0f}" if films else None
+    videos = folder / f"videos/{time.time_ns()}" if films else None
     if args.evaluate:
         print(*(f"{name}={value}" for name, value in evaluate(args, folder, videos).items()))
         return str(folder)
@@ -590,12 +590,12 @@ class Log:
     def save(self, modules: dict[str, Any]) -> None:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
         plain = {"state": self.state, "args": vars(self.args) | {"resume": None, "run_dir": None}}
-        checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))
-        if self.next_save == 0.0:  # columns fit
+        checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))  # numpy's
+        if self.next_save == 0.0:  # the first time, when columns fit
             (self.folder / "config.json").write_text(json.dumps(checkpoint["args"], indent=2))
             (self.folder / "script.py").write_bytes(self.script)
         with open(self.folder / "checkpoint.pt.tmp", "wb") as file:
-            torch.save(checkpoint, file.name)  # Ctrl-C waits
+            torch.save(checkpoint, file.name)  # by name: Ctrl-C waits
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # whole or not at all
 
@@ -653,9 +653,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = tyro.cli(Args)
     try:
-        if folder := args.evaluate or args.resume:  # its arguments are the defaults
-            given = {"resume": args.resume, "evaluate": args.evaluate, "run_dir": args.run_dir}
-            args = tyro.cli(Args, default=Args(**restore(folder, {})["args"] | given))
+        if folder := args.evaluate or args.resume:  # parse again, its arguments as defaults
+            args = tyro.cli(Args, default=Args(**restore(folder, {})["args"]))
         train(args)
     except BadInput as error:
         print("error:", *str(error).split(), file=sys.stderr)
