@@ -451,7 +451,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
 # >>> shared: records
 # PPO ends here. Below: evaluation, files, checks, command line.
 class BadInput(ValueError):
-    """What cannot be run as asked: one line, exit code 2."""
+    """What cannot be run as asked."""
 
 
 @contextlib.contextmanager
@@ -533,7 +533,8 @@ class Log:
     def __init__(self, args: Args, folder: Path, state: dict[str, Any]) -> None:
         self.args, self.folder, self.state, self.wandb = args, folder, state, None
         self.next_save, self.start = 0.0, time.monotonic() - state["wall_time"]
-        folder.mkdir(parents=True, exist_ok=True)
+        with on_error(refuse=f"--run-dir {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
         self.script = Path(__file__).read_bytes()
         if args.track:
             import wandb
@@ -649,7 +650,7 @@ def check(args: Args, folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line. Bad input: one line, exit code 2. Ctrl-C: 130."""
+    """Bad input: one line, exit code 2. Ctrl-C: 130."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = tyro.cli(Args)
     try:

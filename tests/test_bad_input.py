@@ -39,6 +39,7 @@ BAD = """
 --cuda -> --cuda True: no GPU
 --run-dir {full} -> --run-dir {full}: is not an empty folder
 --run-dir {file} -> --run-dir {file}: is not an empty folder
+--run-dir {file}/run -> --run-dir {file}/run: NotADirectoryError
 --env-id CartPol-v1 -> `CartPol` doesn't exist. Did you mean: `CartPole`
 --env-id no_such_module:Some-v0
 --env-id Pendulum-v1 -> float32), but ppo.py needs Discrete
