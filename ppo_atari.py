@@ -35,7 +35,7 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.utils.save_video import save_video
 from torch import Tensor, nn
 
-Rows = dict[str, Tensor]  # "obs", ... of transitions, (steps, envs, ...) or (rows, ...)
+Rows = dict[str, Tensor]  # name -> values of transitions, (T, N, ...) or (rows, ...)
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Args:
     gamma: float = 0.99  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
     gae_lambda: float = 0.95  # 0: trust the critic (bias), 1: the rewards (variance)
     norm_obs: bool = False  # not for pixels, which are scaled to [0, 1]
-    norm_reward: bool = False  # divide rewards by the std of discounted sums
+    norm_reward: bool = False  # divide rewards by the std of their discounted sums
     sticky_actions: float | None = None  # chance to repeat the last action; None: the id's
     learning_rate: float = 2.5e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
@@ -59,7 +59,7 @@ class Args:
     recompute_advantages: bool = False  # between epochs, by the newer critic
     norm_adv: bool = True  # normalize the advantages of each minibatch
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # objective
-    clip_coef: float = 0.1  # epsilon: no gain if p_new/p_old leaves 1 +- epsilon; 0.1 to 0.3
+    clip_coef: float = 0.1  # epsilon: no gain from p_new/p_old beyond 1 +- epsilon; 0.1 to 0.3
     kl_coef: float = 1.0  # beta, weight of the KL penalty (kl-adaptive: at first)
     kl_target: float = 0.01  # kl-adaptive halves or doubles beta to stay near this KL
     target_kl: float | None = None  # end the update after an epoch of higher KL; 0.01 to 0.05
@@ -238,7 +238,7 @@ def compute_gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation ([GAE] eq. 16, [PPO] 11-12): (A, A + V ~ the returns).
+    """Generalized advantage estimation ([GAE] eq. 16, [PPO] 11-12): A, and the returns A + V.
 
     All (T, N). next_values[t] = V(s_{t+1}), before any reset. terminations: s_{t+1} is terminal.
     dones: the episode ends there, by termination or by truncation (a time limit).
@@ -334,7 +334,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
     agent = Agent(envs, args).to(device)
     parameters = [x for x in agent.parameters() if x.requires_grad]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    learning_rates = [group["lr"] for group in optimizer.param_groups]  # not annealed
+    learning_rates = [group["lr"] for group in optimizer.param_groups]  # before annealing
     reward_stats = RunningMeanStd().to(device)
     loss_function = torch.compile(ppo_loss, dynamic=False) if args.compile else ppo_loss
     if N < args.num_envs:  # torchrun's processes split the environments
@@ -347,14 +347,14 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         state |= restore(folder, modules)["state"]
     env_seed = seed_all(args.seed, 1, rank, state["global_step"])
     next_obs = torch.tensor(envs.reset(seed=env_seed)[0], device=device)  # (N, ...)
-    # Stagger the first time limits (environment 0: full): else all end together
+    # Cut first episodes at different steps (environment 0's: not), or all end at once
     for i, env in enumerate(getattr(envs.unwrapped, "envs", [])):
         if limit := getattr(env.spec, "max_episode_steps", None):
             env.set_wrapper_attr("_elapsed_steps", i * limit // N)
     past_sum = torch.zeros(N, device=device)  # discounted, for --norm-reward
     log = Log(args, folder, state) if rank == 0 else None
     if args.norm_obs and agent.obs_stats.count == 0:
-        for _ in range(T):  # unrecorded steps give the statistics a scale
+        for _ in range(T):  # uncounted steps give the statistics a scale
             dist = agent.get_dist(agent.features({"obs": next_obs})).detach()
             next_obs = torch.tensor(envs.step(sample(dist).cpu().numpy())[0], device=device)
             agent.obs_stats.update(next_obs)
@@ -364,7 +364,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
         agent.progress.fill_(progress)
         fraction = 1 - progress * (1 - args.final_lr_fraction) if args.anneal_lr else 1.0
         for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = float(fraction * rate)  # args may be numpy's
+            group["lr"] = float(fraction * rate)  # numpy's could not be saved
 
         # ---- Phase 2: rollout: the policy acts, and every transition is kept
         steps = []
@@ -386,10 +386,10 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 state["global_step"] += args.num_envs
                 if log and "episode" in infos:
                     log.episodes_ended(infos)
-        # (T, N, ...) each. Values and log-probabilities come later: faster in one pass
+        # (T, N, ...) each. "values" and "logprobs" come later: faster in one pass
         batch = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         batch["rewards"], batch["terminations"], batch["dones"] = torch.tensor(scalars).to(device)
-        if args.norm_reward:  # for the critic; a shift would change the task
+        if args.norm_reward:  # one scale for the critic; a shift would change the task
             past_sums = torch.zeros_like(batch["rewards"])
             for t in range(T):
                 past_sums[t] = past_sum = batch["rewards"][t] + args.gamma * past_sum
@@ -424,7 +424,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
                 optimizer.step()
                 all_stats.append(stats)
             if args.target_kl is not None:
-                # Each KL precedes its own step: the very first is 0, the last step unseen
+                # Each KL is taken before its step: the first is 0, the last step is not seen
                 kls = [stats["approx_kl"] for stats in all_stats[-args.num_minibatches :]]
                 if all_mean(torch.stack(kls).mean()) > args.target_kl:
                     break
@@ -436,7 +436,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
             elif kl > args.kl_target * 1.5:
                 state["kl_scale"] = min(state["kl_scale"] * 2, 1000)
         if args.norm_obs:
-            agent.obs_stats.update(flat["obs"])  # (critical: not before; first ratios must be 1)
+            agent.obs_stats.update(flat["obs"])  # (critical: not earlier: first ratios must be 1)
 
         # ---- Phase 5: record; the batch is thrown away
         metrics = {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
@@ -460,7 +460,7 @@ def ppo(args: Args, envs: gym.vector.VectorEnv, folder: Path) -> "Log | None":
 # >>> shared: records
 # PPO ends here. Below: evaluation, files, checks, command line.
 class BadInput(ValueError):
-    """What cannot be run as asked."""
+    """A request that cannot be run."""
 
 
 @contextlib.contextmanager
@@ -494,8 +494,8 @@ def train(args: Args) -> str:
     check(args, folder)
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    films = args.capture_video and os.environ.get("RANK", "0") == "0"
-    videos = folder / f"videos/{time.time_ns()}" if films else None
+    film = args.capture_video and os.environ.get("RANK", "0") == "0"
+    videos = folder / f"videos/{time.time_ns()}" if film else None
     if args.evaluate:
         print(*(f"{name}={value}" for name, value in evaluate(args, folder, videos).items()))
         return str(folder)
@@ -582,7 +582,7 @@ class Log:
             try:
                 self.save(modules)
                 self.next_save = now + max(2, 100 * (time.monotonic() - now))
-            except (OSError, RuntimeError) as error:  # the last save raises
+            except (OSError, RuntimeError) as error:  # the final save raises
                 print(f"{self.folder}/checkpoint.pt is late (disk full?): {error}", file=sys.stderr)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
@@ -601,11 +601,11 @@ class Log:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
         plain = {"state": self.state, "args": vars(self.args) | {"resume": None, "run_dir": None}}
         checkpoint |= json.loads(json.dumps(plain, default=lambda x: x.tolist()))  # numpy's
-        if self.next_save == 0.0:  # the first time, when columns fit
+        if self.next_save == 0.0:  # once, when columns fit
             (self.folder / "config.json").write_text(json.dumps(checkpoint["args"], indent=2))
             (self.folder / "script.py").write_bytes(self.script)
         with open(self.folder / "checkpoint.pt.tmp", "wb") as file:
-            torch.save(checkpoint, file.name)  # by name: Ctrl-C waits
+            torch.save(checkpoint, file.name)  # in C++: Ctrl-C waits
             os.fsync(file.fileno())
         os.replace(file.name, self.folder / "checkpoint.pt")  # whole or not at all
 
@@ -627,7 +627,7 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:
-        reason = str(error).partition(". ")[0]  # no unsafe advice
+        reason = str(error).partition(". ")[0]  # without torch's unsafe advice
         raise BadInput(f"--resume/--evaluate {folder}: no fitting checkpoint: {reason}") from error
     return checkpoint
 
@@ -648,7 +648,7 @@ def check(args: Args, folder: Path) -> None:
         require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1")
     processes, batch = int(os.environ.get("WORLD_SIZE", 1)), args.num_envs * args.num_steps
     rows = batch / processes / args.num_minibatches
-    require("num_envs", args.num_envs % processes == 0, f"must divide by {processes} processes")
+    require("num_envs", args.num_envs % processes == 0, f"not divisible by {processes} processes")
     require("num_minibatches", rows % 1 == 0 and rows > 1, f"leaves {rows:g} of {batch} rows each")
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")

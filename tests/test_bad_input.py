@@ -55,7 +55,7 @@ BAD = """
 --evaluate {unknown_argument} -> unexpected keyword argument 'color'
 --resume {other_network} -> size mismatch
 --evaluate {other_network} -> size mismatch
-WORLD_SIZE=3 --num-envs 4 -> --num-envs 4: must divide by 3 processes
+WORLD_SIZE=3 --num-envs 4 -> --num-envs 4: not divisible by 3 processes
 WORLD_SIZE=8 --num-steps 8 --num-minibatches 8 -> --num-minibatches 8: leaves 1 of 64 rows
 WORLD_SIZE=2 --num-envs 2 --num-steps 15 --num-minibatches 2 -> leaves 7.5 of 30 rows
 """
