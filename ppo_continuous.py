@@ -75,7 +75,7 @@ class Args:
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
-    wandb_project_name: str = "ppo"  # of wandb
+    wandb_project_name: str = "ppo"
     wandb_entity: str | None = None  # user or team
 
 
@@ -307,7 +307,7 @@ def ppo_loss(agent: Agent, args: Args, mb: Rows, kl_coef: Tensor) -> tuple[Tenso
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "entropy": mean_entropy,
-        # KL[old || new] estimated from samples (http://joschu.net/blog/kl-approx.html)
+        # KL[old || new] estimated from samples (joschu.net/blog/kl-approx.html)
         "approx_kl": ((ratio - 1) - logratio).mean(),  # k3: never negative, little noise
         "old_approx_kl": -logratio.mean(),  # k1: noisier; both unbiased
         "clipfrac": clipped.mean(),  # "clip": share of ratios outside 1 +- eps
@@ -579,14 +579,11 @@ class Log:
     def append(self, name: str, row: dict[str, Any]) -> None:
         if (old := self.state["columns"].setdefault(name, list(row))) != list(row):
             raise BadInput(f"{self.folder / name}: columns differ: {sorted({*old} ^ {*row})}")
-        try:
-            with open(self.folder / name, "a") as file:
-                if file.tell() == 0:
-                    print(*row, sep=",", file=file)
-                print(*row.values(), sep=",", file=file)
-                self.state["files"][name] = file.tell()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
+        with open(self.folder / name, "a") as file:
+            if file.tell() == 0:
+                print(*row, sep=",", file=file)
+            print(*row.values(), sep=",", file=file)
+            self.state["files"][name] = file.tell()
 
     def save(self, modules: dict[str, Any]) -> None:
         checkpoint = {key: module.state_dict() for key, module in modules.items()}
@@ -643,6 +640,8 @@ def check(args: Args, folder: Path) -> None:
     require("num_minibatches", rows % 1 == 0 and rows > 1, f"leaves {rows:g} of {batch} rows each")
     require("total_timesteps", args.total_timesteps >= batch, f"is less than a batch of {batch}")
     require("cuda", torch.cuda.is_available() or not args.cuda, "no GPU found; try --no-cuda")
+    require("target_kl", args.target_kl is None or args.target_kl > 0, "must be above 0")
+    require("resume", not (args.resume and args.evaluate), "not with --evaluate")
     require("run_dir", Path(args.run_dir or folder).absolute() == folder, "is for new runs")
     free = args.resume or args.evaluate or not folder.exists() or int(os.environ.get("RANK", 0))
     require("run_dir", free or folder.is_dir() and not os.listdir(folder), "is not an empty folder")

@@ -28,6 +28,8 @@ BAD = """
 --clip-coef nan
 --max-grad-norm 0
 --kl-target -0.01
+--target-kl 0
+--target-kl nan
 --kl-coef 0
 --vf-coef inf
 --ent-coef -0.01
@@ -46,6 +48,7 @@ BAD = """
 --resume {nowhere}
 --evaluate {full}
 --evaluate {own} --eval-episodes 0
+--evaluate {own} --resume {nowhere} -> --resume {nowhere}: not with --evaluate
 --resume {own} --gamma 7
 --resume {own} --run-dir other -> --run-dir other: is for new runs
 --resume {noise}
