@@ -44,7 +44,7 @@ class Args:
     env_id: str = "CartPole-v1"  # or "my_module:MyEnv-v0", which imports my_module
     total_timesteps: int = 100_000  # over all environments, in whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
-    exp_name: str = Path(__file__).stem  # part of the folder's name
+    exp_name: str = Path(__file__).stem  # in the folder's name
     num_envs: int = 8  # N, stepped together; 1 to 64
     num_steps: int = 128  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.99  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
@@ -490,7 +490,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
         obs, rewards = envs.reset(seed=seed_all(args.seed, 2))[0], 0.0
         for _ in range(27_000):
             if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
-                raise FloatingPointError("NaN or infinity in the evaluation")
+                raise FloatingPointError("NaN or infinity")
             rows = {"obs": torch.tensor(obs, device=device)}
             actions = evaluation_action(agent.get_dist(agent.features(rows)))
             obs, rewards, _, _, infos = envs.step(actions.cpu().numpy())
@@ -521,7 +521,8 @@ class Log:
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             names |= {"name": folder.name, "id": state["id"], "dir": folder, "resume": "allow"}
-            self.wandb = wandb.init(**names, config=vars(args), reinit="finish_previous")
+            with on_error(refuse="--track"):
+                self.wandb = wandb.init(**names, config=vars(args), reinit="finish_previous")
             self.wandb.define_metric("*", step_metric="global_step")
         for name, size in state["files"].items():  # cut rows after the checkpoint
             with open(folder / name, "ab") as file:
@@ -549,12 +550,12 @@ class Log:
         if self.wandb:
             self.wandb.log(row)
         if now >= self.next_save:
-            print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
                 self.next_save = now + max(2, 100 * (time.monotonic() - now))
             except (OSError, RuntimeError) as error:  # the final save raises
                 print(f"{self.folder}/checkpoint.pt is late (disk full?): {error}", file=sys.stderr)
+            print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         if (old := self.state["columns"].setdefault(name, list(row))) != list(row):
@@ -603,8 +604,8 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
 def check(args: Args, folder: Path) -> None:
     """Raise BadInput: flag, value and reason."""
 
-    def require(name: str, condition: bool, reason: str) -> None:
-        if not condition:
+    def require(name: str, ok: bool, reason: str) -> None:
+        if not ok:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: {reason}")
 
     counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
@@ -633,8 +634,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = tyro.cli(Args)
     try:
-        if folder := args.evaluate or args.resume:  # parse again, its arguments as defaults
-            args = tyro.cli(Args, default=Args(**restore(folder, {})["args"]))
+        for folder in [x for x in (args.evaluate, args.resume) if x is not None]:
+            args = tyro.cli(Args, default=Args(**restore(folder, {})["args"]))  # parse again
         train(args)
     except BadInput as error:
         print("error:", *str(error).split(), file=sys.stderr)

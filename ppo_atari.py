@@ -43,14 +43,14 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/Breakout-v5, which has sticky actions
     total_timesteps: int = 10_000_000  # over all environments, in whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
-    exp_name: str = Path(__file__).stem  # part of the folder's name
+    exp_name: str = Path(__file__).stem  # in the folder's name
     num_envs: int = 8  # N, stepped together; 1 to 64
     num_steps: int = 128  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.99  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
     gae_lambda: float = 0.95  # 0: trust the critic (bias), 1: the rewards (variance)
     norm_obs: bool = False  # not for pixels, which are scaled to [0, 1]
     norm_reward: bool = False  # divide rewards by the std of their discounted sums
-    sticky_actions: float | None = None  # chance to repeat the last action; None: the id's
+    sticky_actions: float | None = None  # chance a frame keeps the last action; None: the id's
     learning_rate: float = 2.5e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
     final_lr_fraction: float = 0.0  # share of the rate left at the end
@@ -67,10 +67,10 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.01  # entropy bonus, if the policy settles too soon; 0 to 0.02
     max_grad_norm: float = 0.5  # clip the norm of all gradients
-    cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
+    cuda: bool = field(default_factory=torch.cuda.is_available)  # else the CPU
     torch_deterministic: bool = True  # reproducible cuDNN kernels
     torch_threads: int = 0  # CPU threads; 1 suits small networks, 0: torch's choice
-    bf16: bool = False  # features in bfloat16: faster on some CPUs
+    bf16: bool = False  # network in bfloat16: faster on some CPUs
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of an evaluation; 0: none after training
@@ -85,8 +85,8 @@ class Args:
 def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vector.VectorEnv:
     """Build games that step together in C++; what the first sees is filmed into `videos`.
 
-    Observations (N, 4, 84, 84), uint8: of the last 4 steps. A step is 4 frames, whatever the id;
-    games start with FIRE and no-ops, up to 30.
+    Observations (N, 4, 84, 84), uint8: the last 4 steps, newest last. A step is 4 frames, whatever
+    the id; games start with FIRE and no-ops, up to 29.
     """
     with on_error(refuse=f"--env-id {args.env_id}"):
         settings = gym.spec(args.env_id.removeprefix("ale_py:")).kwargs
@@ -109,7 +109,7 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
 
 
 class GameStatistics(gym.vector.VectorWrapper):
-    """True returns of whole games in infos["episode"]; rewards are clipped to [-1, 1]."""
+    """True returns of games in infos["episode"]; clips rewards to [-1, 1], mends final_obs."""
 
     def __init__(self, envs: AtariVectorEnv, videos: Path | None) -> None:
         super().__init__(envs)
@@ -130,7 +130,7 @@ class GameStatistics(gym.vector.VectorWrapper):
         self.frame_numbers = infos["episode_frame_number"].copy()
         final_obs, infos["final_obs"] = infos.get("final_obs"), obs.copy()
         if ended.any():
-            infos["final_obs"][ended] = final_obs[ended]  # else obs: a lost life resets nothing
+            infos["final_obs"][ended] = final_obs[ended]  # ALE's other rows are uninitialized
             infos["episode"] = {"r": self.episode_returns.copy(), "l": self.episode_lengths.copy()}
             infos["_episode"] = ended
             self.episode_returns[ended] = self.episode_lengths[ended] = 0
@@ -181,7 +181,7 @@ class Agent(nn.Module):
         self.network = nn.Sequential(*layers)
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
         gains = {self.actor: 0.01, self.critic: 1.0}  # 0.01: actions start about equally likely
-        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1, set by ppo()
+        self.register_buffer("progress", torch.zeros(()))  # set by ppo(), unused here
         for layer in (conv1, conv2, conv3, linear, self.actor, self.critic):
             nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
             nn.init.zeros_(layer.bias)
@@ -519,7 +519,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
         obs, rewards = envs.reset(seed=seed_all(args.seed, 2))[0], 0.0
         for _ in range(27_000):
             if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
-                raise FloatingPointError("NaN or infinity in the evaluation")
+                raise FloatingPointError("NaN or infinity")
             rows = {"obs": torch.tensor(obs, device=device)}
             actions = evaluation_action(agent.get_dist(agent.features(rows)))
             obs, rewards, _, _, infos = envs.step(actions.cpu().numpy())
@@ -550,7 +550,8 @@ class Log:
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             names |= {"name": folder.name, "id": state["id"], "dir": folder, "resume": "allow"}
-            self.wandb = wandb.init(**names, config=vars(args), reinit="finish_previous")
+            with on_error(refuse="--track"):
+                self.wandb = wandb.init(**names, config=vars(args), reinit="finish_previous")
             self.wandb.define_metric("*", step_metric="global_step")
         for name, size in state["files"].items():  # cut rows after the checkpoint
             with open(folder / name, "ab") as file:
@@ -578,12 +579,12 @@ class Log:
         if self.wandb:
             self.wandb.log(row)
         if now >= self.next_save:
-            print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
                 self.next_save = now + max(2, 100 * (time.monotonic() - now))
             except (OSError, RuntimeError) as error:  # the final save raises
                 print(f"{self.folder}/checkpoint.pt is late (disk full?): {error}", file=sys.stderr)
+            print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         if (old := self.state["columns"].setdefault(name, list(row))) != list(row):
@@ -632,8 +633,8 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
 def check(args: Args, folder: Path) -> None:
     """Raise BadInput: flag, value and reason."""
 
-    def require(name: str, condition: bool, reason: str) -> None:
-        if not condition:
+    def require(name: str, ok: bool, reason: str) -> None:
+        if not ok:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: {reason}")
 
     counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
@@ -662,8 +663,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = tyro.cli(Args)
     try:
-        if folder := args.evaluate or args.resume:  # parse again, its arguments as defaults
-            args = tyro.cli(Args, default=Args(**restore(folder, {})["args"]))
+        for folder in [x for x in (args.evaluate, args.resume) if x is not None]:
+            args = tyro.cli(Args, default=Args(**restore(folder, {})["args"]))  # parse again
         train(args)
     except BadInput as error:
         print("error:", *str(error).split(), file=sys.stderr)

@@ -9,7 +9,7 @@
 
 Unlike ppo.py: a Gaussian policy with the same noise in all states, the scaling of actions, the
 defaults in `Args`. Unlike the paper, mainly: normalized inputs and rewards, 64 short rollouts,
-a floor under the noise, new advantages each epoch, a rate annealed to 1/3.
+a floor under the noise, new advantages each epoch, learning rate annealed to 1/3.
 
 [PPO] Schulman et al. 2017, arXiv:1707.06347. [GAE] Schulman et al. 2016, arXiv:1506.02438.
 """
@@ -40,7 +40,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"  # or "my_module:MyEnv-v0", which imports my_module
     total_timesteps: int = 1_000_000  # over all environments, in whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
-    exp_name: str = Path(__file__).stem  # part of the folder's name
+    exp_name: str = Path(__file__).stem  # in the folder's name
     num_envs: int = 64  # N, stepped together; 1 to 64
     num_steps: int = 32  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.994  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
@@ -48,7 +48,7 @@ class Args:
     norm_obs: bool = True  # normalize observations, where their scales differ
     norm_reward: bool = True  # divide rewards by the std of their discounted sums
     init_log_std: float = -0.5  # initial log std of the noise, for actions in [-1, 1]
-    min_log_std: float = -2.0  # floor, falls from init_log_std to this: explore, then refine
+    min_log_std: float = -2.0  # floor, goes from init_log_std to this: explore, then refine
     learning_rate: float = 3e-4  # Adam's step size; lower where approx_kl runs high
     anneal_lr: bool = True  # linearly: steadier at the end
     final_lr_fraction: float = 0.33  # share of the rate left at the end
@@ -107,12 +107,12 @@ def make_envs(args: Args, num_envs: int, videos: Path | None = None) -> gym.vect
 
 
 class ScaleAction(gym.vector.VectorActionWrapper):
-    """Stretch [-1, 1] to the actions' bounds, and clip; the batch has the samples."""
+    """Stretch [-1, 1] to the actions' bounds, and clip; the batch keeps the unclipped."""
 
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
         super().__init__(envs)
         self.low, self.high = envs.single_action_space.low, envs.single_action_space.high
-        bounded = (self.low > -1e6) & (self.high < 1e6)  # else: as it is
+        bounded = (self.low > -1e6) & (self.high < 1e6)  # else only clipped
         low, high = np.where(bounded, self.low, -1.0), np.where(bounded, self.high, 1.0)
         self.center, self.half_range = (low + high) / 2, (high - low) / 2
 
@@ -121,14 +121,14 @@ class ScaleAction(gym.vector.VectorActionWrapper):
         return actions.clip(self.low, self.high).astype(self.low.dtype)
 
 
-# Gaussian: `dist` is means and log stds, (N, 2 * action_dim). Actions: about [-1, 1].
+# Gaussian: `dist` is means and log stds, (N, 2 * action_dim). Actions: before ScaleAction.
 def sample(dist: Tensor) -> Tensor:
     mean, log_std = dist.chunk(2, dim=-1)
     return mean + log_std.exp() * torch.randn_like(mean)
 
 
 def evaluation_action(dist: Tensor) -> Tensor:
-    return dist.chunk(2, dim=-1)[0]  # the mean, likeliest
+    return dist.chunk(2, dim=-1)[0]  # the mean
 
 
 def log_prob(dist: Tensor, actions: Tensor) -> Tensor:
@@ -160,18 +160,18 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Observation -> features (here: normalized) -> policy and value."""
+    """Observation -> features (normalized by default) -> policy and value."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
         super().__init__()
         obs_dim = math.prod(envs.single_observation_space.shape)
         action_dim = math.prod(envs.single_action_space.shape)
         self.obs_stats = RunningMeanStd((obs_dim,)) if args.norm_obs else None
-        self.actor = mlp(obs_dim, action_dim, gain=0.01)  # at first, noise around 0
+        self.actor = mlp(obs_dim, action_dim, gain=0.01)  # means start near 0
         self.log_std = nn.Parameter(torch.full((action_dim,), args.init_log_std))
         self.init_log_std, self.min_log_std = args.init_log_std, args.min_log_std
         self.critic = mlp(obs_dim, 1, gain=1.0)
-        self.register_buffer("progress", torch.zeros(()))  # of training, 0 to 1, set by ppo()
+        self.register_buffer("progress", torch.zeros(()))  # for the floor
 
     def features(self, rows: Rows) -> Tensor:
         """What both networks see, (N, obs). rows["obs"]: raw observations."""
@@ -183,7 +183,7 @@ class Agent(nn.Module):
 
     def get_dist(self, features: Tensor) -> Tensor:
         floor = self.init_log_std + self.progress * (self.min_log_std - self.init_log_std)
-        self.log_std.data.clamp_(min=floor)  # outside the graph: blocks no gradient
+        self.log_std.data.clamp_(min=floor)  # in the graph it would block gradients
         mean = self.actor(features)
         return torch.cat([mean, self.log_std.expand_as(mean)], dim=-1)
 
@@ -510,7 +510,7 @@ def evaluate(args: Args, folder: str | Path, videos: Path | None = None) -> dict
         obs, rewards = envs.reset(seed=seed_all(args.seed, 2))[0], 0.0
         for _ in range(27_000):
             if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
-                raise FloatingPointError("NaN or infinity in the evaluation")
+                raise FloatingPointError("NaN or infinity")
             rows = {"obs": torch.tensor(obs, device=device)}
             actions = evaluation_action(agent.get_dist(agent.features(rows)))
             obs, rewards, _, _, infos = envs.step(actions.cpu().numpy())
@@ -541,7 +541,8 @@ class Log:
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             names |= {"name": folder.name, "id": state["id"], "dir": folder, "resume": "allow"}
-            self.wandb = wandb.init(**names, config=vars(args), reinit="finish_previous")
+            with on_error(refuse="--track"):
+                self.wandb = wandb.init(**names, config=vars(args), reinit="finish_previous")
             self.wandb.define_metric("*", step_metric="global_step")
         for name, size in state["files"].items():  # cut rows after the checkpoint
             with open(folder / name, "ab") as file:
@@ -569,12 +570,12 @@ class Log:
         if self.wandb:
             self.wandb.log(row)
         if now >= self.next_save:
-            print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
             try:
                 self.save(modules)
                 self.next_save = now + max(2, 100 * (time.monotonic() - now))
             except (OSError, RuntimeError) as error:  # the final save raises
                 print(f"{self.folder}/checkpoint.pt is late (disk full?): {error}", file=sys.stderr)
+            print(f"step {state['global_step']}, {state['SPS']} SPS, return {mean:.1f}", flush=True)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         if (old := self.state["columns"].setdefault(name, list(row))) != list(row):
@@ -623,8 +624,8 @@ def restore(folder: str | Path, modules: dict[str, Any]) -> dict[str, Any]:
 def check(args: Args, folder: Path) -> None:
     """Raise BadInput: flag, value and reason."""
 
-    def require(name: str, condition: bool, reason: str) -> None:
-        if not condition:
+    def require(name: str, ok: bool, reason: str) -> None:
+        if not ok:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: {reason}")
 
     counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
@@ -653,8 +654,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = tyro.cli(Args)
     try:
-        if folder := args.evaluate or args.resume:  # parse again, its arguments as defaults
-            args = tyro.cli(Args, default=Args(**restore(folder, {})["args"]))
+        for folder in [x for x in (args.evaluate, args.resume) if x is not None]:
+            args = tyro.cli(Args, default=Args(**restore(folder, {})["args"]))  # parse again
         train(args)
     except BadInput as error:
         print("error:", *str(error).split(), file=sys.stderr)

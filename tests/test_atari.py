@@ -144,7 +144,7 @@ def test_episodes_are_whole_games_with_their_true_score(
 
 
 def test_games_shorter_than_the_no_ops_of_the_next_are_told_apart(limit: Limit) -> None:
-    """The frame number of a new game, up to 30, may be above the last one of the game before."""
+    """The frame number of a new game, up to 29, may be above the last one of the game before."""
     limit(max_num_frames_per_episode=8, num_threads=1)
     envs = make(num_envs=4)
     envs.reset(seed=1)

@@ -47,8 +47,10 @@ BAD = """
 --env-id Pendulum-v1 -> float32), but ppo.py needs Discrete
 --resume {nowhere}
 --evaluate {full}
+--resume= -> no fitting checkpoint
+--evaluate= -> no fitting checkpoint
 --evaluate {own} --eval-episodes 0
---evaluate {own} --resume {nowhere} -> --resume {nowhere}: not with --evaluate
+--evaluate {own} --resume {own} -> --resume {own}: not with --evaluate
 --resume {own} --gamma 7
 --resume {own} --run-dir other -> --run-dir other: is for new runs
 --resume {noise}
@@ -146,6 +148,17 @@ def test_refused(
     error = refusal(script, argv, capsys)
     assert all(words in error for words in ([says] if says else argv[-2:])), error
     assert snapshot(places["full"].parent, tmp_path) == before
+
+
+def test_what_wandb_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is there by then, and empty, so that the same command may be given again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    argv = ["--env-id", "CartPole-v1", "--track", "--run-dir", "run"]
+    assert "--track: " in refusal(ppo, argv, capsys)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "run"]
 
 
 @pytest.mark.parametrize("way", ["--resume", "--evaluate"])

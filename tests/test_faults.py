@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import io
 import itertools
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -56,7 +58,7 @@ def test_the_first_error_is_the_last_thing_a_user_reads(
 def test_infinity_in_the_evaluation_stops_it(at: str) -> None:
     """Training ends before step 15 of an episode, from which on it comes."""
     sizes = {"num_steps": 8, "total_timesteps": 32, "eval_episodes": 2}
-    with pytest.raises(FloatingPointError, match="evaluation"):
+    with pytest.raises(FloatingPointError, match="^NaN or infinity$"):
         ppo.train(tiny(ppo, env_id=f"faulty:{at}-inf-v0", run_dir="run", **sizes))
     assert summary("run")["global_step"] == 32
     assert summary("run")["eval_return_mean"] is None
@@ -249,6 +251,21 @@ def test_a_file_that_cannot_grow_ends_the_run(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ppo, "compute_gae", compute_gae)
     with pytest.raises(OSError, match="No space left"):
         ppo.train(tiny(ppo, run_dir="run"))
+
+
+def test_a_closed_terminal_costs_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `python ppo.py | head -1`: the line that cannot be printed comes after the save."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("step 64,"):
+                raise BrokenPipeError
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        ppo.train(tiny(ppo, run_dir="run"))
+    assert ppo.restore("run", {})["state"]["global_step"] == 64
 
 
 def test_numpy_numbers_in_the_saved_state_become_plain_ones() -> None:
