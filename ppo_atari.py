@@ -43,7 +43,7 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/Breakout-v5, which has sticky actions
     total_timesteps: int = 10_000_000  # over all environments, in whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
-    exp_name: str = Path(__file__).stem  # in the folder's name
+    exp_name: str = Path(__file__).stem  # in the folder name
     num_envs: int = 8  # N, stepped together; 1 to 64
     num_steps: int = 128  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.99  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
@@ -67,9 +67,9 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.01  # entropy bonus, if the policy settles too soon; 0 to 0.02
     max_grad_norm: float = 0.5  # clip the norm of all gradients
-    cuda: bool = field(default_factory=torch.cuda.is_available)  # else the CPU
+    cuda: bool = field(default_factory=torch.cuda.is_available)  # small nets: --no-cuda
     torch_deterministic: bool = True  # reproducible cuDNN kernels
-    torch_threads: int = 0  # CPU threads; 1 suits small networks, 0: torch's choice
+    torch_threads: int = 0  # CPU threads; 1 suits small nets, 0: torch's choice
     bf16: bool = False  # network in bfloat16: faster on some CPUs
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
@@ -78,7 +78,7 @@ class Args:
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
-    wandb_project_name: str = "ppo"
+    wandb_project_name: str = "ppo"  # of wandb
     wandb_entity: str | None = None  # user or team
 
 
@@ -181,7 +181,7 @@ class Agent(nn.Module):
         self.network = nn.Sequential(*layers)
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
         gains = {self.actor: 0.01, self.critic: 1.0}  # 0.01: actions start about equally likely
-        self.register_buffer("progress", torch.zeros(()))  # set by ppo(), unused here
+        self.register_buffer("progress", torch.zeros(()))  # unused here
         for layer in (conv1, conv2, conv3, linear, self.actor, self.critic):
             nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
             nn.init.zeros_(layer.bias)

@@ -40,7 +40,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"  # or "my_module:MyEnv-v0", which imports my_module
     total_timesteps: int = 1_000_000  # over all environments, in whole batches
     seed: int = 1  # same seed, same CPU: same numbers; try several
-    exp_name: str = Path(__file__).stem  # in the folder's name
+    exp_name: str = Path(__file__).stem  # in the folder name
     num_envs: int = 64  # N, stepped together; 1 to 64
     num_steps: int = 32  # T, steps of each per batch; 16 to 2048
     gamma: float = 0.994  # discount: plans about 1/(1-gamma) steps ahead; 0.9 to 0.9999
@@ -65,9 +65,9 @@ class Args:
     vf_coef: float = 0.25  # weight of the value loss
     ent_coef: float = 0.0  # entropy bonus, if the policy settles too soon; 0 to 0.02
     max_grad_norm: float = 0.5  # clip the norm of all gradients
-    cuda: bool = field(default_factory=torch.cuda.is_available)  # --no-cuda suits small nets
+    cuda: bool = field(default_factory=torch.cuda.is_available)  # small nets: --no-cuda
     torch_deterministic: bool = True  # reproducible cuDNN kernels
-    torch_threads: int = 1  # CPU threads; 1 suits small networks, 0: torch's choice
+    torch_threads: int = 1  # CPU threads; 1 suits small nets, 0: torch's choice
     compile: bool = False  # torch.compile the loss: a slow start, then faster
     run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
     eval_episodes: int = 10  # of an evaluation; 0: none after training
@@ -75,7 +75,7 @@ class Args:
     resume: str | None = None  # run folder to continue; flags override its arguments
     evaluate: str | None = None  # run folder to evaluate instead of training
     track: bool = False  # to wandb as well; WANDB_MODE=offline needs no account
-    wandb_project_name: str = "ppo"
+    wandb_project_name: str = "ppo"  # of wandb
     wandb_entity: str | None = None  # user or team
 
 
