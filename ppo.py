@@ -524,7 +524,7 @@ class Log:
             with on_error(refuse="--track"):
                 self.wandb = wandb.init(**names, config=vars(args), reinit="finish_previous")
             self.wandb.define_metric("*", step_metric="global_step")
-        for name, size in state["files"].items():  # cut rows after the checkpoint
+        for name, size in state["files"].items():  # cut rows past the checkpoint
             with open(folder / name, "ab") as file:
                 file.truncate(min(size, file.tell()))
         print(f"{args.env_id}, seed {args.seed}, files in {folder}", flush=True)
@@ -559,7 +559,7 @@ class Log:
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         if (old := self.state["columns"].setdefault(name, list(row))) != list(row):
-            raise BadInput(f"{self.folder / name}: columns differ: {sorted({*old} ^ {*row})}")
+            raise BadInput(f"{self.folder / name}: columns/order differ: {sorted({*old} ^ {*row})}")
         with open(self.folder / name, "a") as file:
             if file.tell() == 0:
                 print(*row, sep=",", file=file)

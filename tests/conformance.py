@@ -2,8 +2,9 @@
 
     python -m pytest tests/conformance.py --script path/to/my_ppo.py
 
-They train small environments for some seconds. A failure says what is wrong, and what it usually
-comes from. Checks whose environments do not fit the script's actions or observations are skipped.
+They train small environments for some seconds; --env-id my_envs:Mine-v0 takes yours where any will
+do. A failure says what is wrong, and what it usually comes from. Checks whose environments do not
+fit the script's actions or observations are skipped.
 """
 
 import dataclasses
@@ -40,12 +41,14 @@ def script(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def train(
-    script: ModuleType, tmp_path_factory: pytest.TempPathFactory
+    script: ModuleType, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., SimpleNamespace]:
     """train(*ids, **flags): a run in the first of these environments that fits, and what it did."""
+    own = request.config.getoption("--env-id")
+    anywhere = (own,) if own else ANY
 
     def train(*ids: str, **flags: object) -> SimpleNamespace:
-        for env_id in ids or ANY:
+        for env_id in ids or anywhere:
             args = script.Args(**SMALL | flags | {"env_id": env_id})
             args.run_dir = args.run_dir or str(tmp_path_factory.mktemp("run") / "run")
             try:
@@ -58,7 +61,8 @@ def train(
             return SimpleNamespace(
                 args=args, folder=folder, batches=batches, losses=losses, gradients=gradients
             )
-        pytest.skip(f"none of {ids or ANY} has the script's kind of actions and observations")
+        reason = f"none of {ids or anywhere} has the script's kind of actions and observations"
+        (pytest.skip if ids or flags else pytest.fail)(f"{reason}; --env-id names another")
 
     return train
 

@@ -31,6 +31,7 @@ SPACES = {  # observations and actions of the agents under test
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--script", default=str(FOLDER / "ppo.py"), help="what conformance.py checks")
+    parser.addoption("--env-id", help="where conformance.py trains")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""A small environment with pixels: pixels:Catch-v0, as ppo_atari.py's network takes them."""
+"""A small environment with pixels: pixels:Catch-v0."""
 
 import gymnasium as gym
 import numpy as np
@@ -11,14 +11,14 @@ class Catch(gym.Env):
     does not look. An episode is one ball, 6 steps.
     """
 
-    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
     action_space = gym.spaces.Discrete(3)
 
     def observe(self) -> np.ndarray:
-        grid = np.zeros((7, 7), dtype=np.uint8)
-        grid[6, self.paddle] = 128
+        grid = np.zeros((8, 8, 3), dtype=np.uint8)  # the last row and column stay black
+        grid[6, self.paddle] = (0, 200, 0)
         grid[self.row, self.ball] = 255
-        return np.repeat(grid.repeat(12, axis=0).repeat(12, axis=1)[None], 4, axis=0)
+        return grid.repeat(12, axis=0).repeat(12, axis=1)
 
     def reset(
         self, *, seed: int | None = None, options: dict | None = None
@@ -33,3 +33,6 @@ class Catch(gym.Env):
         down = self.row == 6
         reward = (1.0 if self.ball == self.paddle else -1.0) if down else 0.0
         return self.observe(), reward, down, False, {}
+
+
+gym.register("Catch-v0", Catch)

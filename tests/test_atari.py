@@ -15,9 +15,8 @@ import pytest
 import torch
 from ale_py import ALEInterface, roms
 from ale_py.vector_env import AtariVectorEnv
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode
 from helpers import column, metrics, read_csv, run_main, spy
-from pixels import Catch
 
 import ppo_atari
 
@@ -403,20 +402,6 @@ def test_films_of_training_and_evaluation(limit: Limit, monkeypatch: pytest.Monk
 
 
 # ---- learning
-
-
-@pytest.mark.slow
-def test_catch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(args: ppo_atari.Args, num_envs: int, videos: Path | None = None) -> gym.vector:
-        envs = SyncVectorEnv([Catch] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-        return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-    monkeypatch.setattr(ppo_atari, "make_envs", build)
-    settings = {"num_envs": 16, "num_steps": 16, "num_minibatches": 4, "update_epochs": 2}
-    settings |= {"total_timesteps": 12_288, "learning_rate": 1e-3, "clip_coef": 0.2, "gamma": 0.9}
-    folder = ppo_atari.train(tiny(eval_episodes=100, **settings))
-    assert column(folder, "charts/episodic_return")[0] < 0
-    assert json.loads(Path(folder, "summary.json").read_text())["eval_return_mean"] > 0.5
 
 
 # ---- bad input

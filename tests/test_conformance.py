@@ -11,7 +11,9 @@ from helpers import ROOT, copy_scripts
 TESTS = Path(__file__).parent
 
 
-def failures(folder: Path, patch: str = "", script: str = "ppo", **edit: str) -> set[str]:
+def failures(
+    folder: Path, patch: str = "", script: str = "ppo", options: tuple[str, ...] = (), **edit: str
+) -> set[str]:
     """The checks that fail on a copy of the script with the patch, or `old` replaced by `new`."""
     copy_scripts(folder, *([TESTS / f"{patch}.patch"] if patch else []))
     if edit:
@@ -19,7 +21,7 @@ def failures(folder: Path, patch: str = "", script: str = "ppo", **edit: str) ->
         assert edit["old"] in copy.read_text()
         copy.write_text(copy.read_text().replace(edit["old"], edit["new"]))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/conformance.py", "--script", folder / f"{script}.py"]
+    command += ["tests/conformance.py", "--script", folder / f"{script}.py", *options]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode in (0, 1), process.stdout + process.stderr
     return set(re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", process.stdout, re.MULTILINE))
@@ -38,6 +40,13 @@ def test_the_scripts_conform(script: str, tmp_path: Path) -> None:
 )
 def test_modifications_conform(patch: str, script: str, tmp_path: Path) -> None:
     assert failures(tmp_path, f"modifications/{patch}", script) == set()
+
+
+@pytest.mark.slow
+def test_a_script_whose_environments_are_unknown_conforms_with_one_named(tmp_path: Path) -> None:
+    script = {"patch": "modifications/pixels", "script": "ppo_atari"}
+    assert "test_same_seed_same_numbers" in failures(tmp_path, **script)
+    assert failures(tmp_path, **script, options=("--env-id", "pixels:Catch-v0")) == set()
 
 
 @pytest.mark.slow

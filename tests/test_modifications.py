@@ -67,10 +67,10 @@ def score(module: ModuleType, **settings: object) -> float:
 @pytest.mark.parametrize("path", sorted(MODIFICATIONS.glob("*.patch")), ids=lambda path: path.stem)
 def test_each_applies_and_runs(path: Path) -> None:
     module = patched(path.stem)
-    env_id = {"ppo": "CartPole-v1", "ppo_continuous": "Pendulum-v1"}[module.Args().exp_name]
+    default = "Pendulum-v1" if module.Args().exp_name == "ppo_continuous" else "CartPole-v1"
     own = {"action_mask": "masked:Masked-v0", "intrinsic_reward": "Corridor-v0"}
-    own["multidiscrete"] = "envs:Locks-v0"
-    settings = TINY | {"env_id": own.get(path.stem, env_id), "eval_episodes": 2}
+    own |= {"multidiscrete": "envs:Locks-v0", "pixels": "pixels:Catch-v0"}
+    settings = TINY | {"env_id": own.get(path.stem, default), "eval_episodes": 2}
     folder = trained(module, **settings | {"total_timesteps": 128})
     args = module.Args(**settings | {"resume": str(folder)})
     module.train(args)
@@ -248,3 +248,12 @@ def test_state_dependent_deviations_learn_the_pendulum() -> None:
     """A random policy keeps InvertedPendulum up for about 6 steps."""
     module = patched("state_dependent_std")
     assert score(module, env_id="InvertedPendulum-v5", total_timesteps=40_000) > 100
+
+
+@pytest.mark.slow
+def test_catch_is_learned_from_pixels() -> None:
+    settings = {"num_envs": 16, "num_steps": 16, "num_minibatches": 4, "update_epochs": 2}
+    settings |= {"total_timesteps": 12_288, "learning_rate": 1e-3, "clip_coef": 0.2, "gamma": 0.9}
+    settings |= {"torch_threads": 1, "eval_episodes": 100}
+    assert score(patched("pixels"), env_id="pixels:Catch-v0", **settings) > 0.5
+    assert column("run", "charts/episodic_return")[0] < 0
