@@ -401,9 +401,6 @@ def test_films_of_training_and_evaluation(limit: Limit, monkeypatch: pytest.Monk
     assert film_lengths(folder) == pytest.approx([10], abs=1)
 
 
-# ---- learning
-
-
 # ---- bad input
 
 
