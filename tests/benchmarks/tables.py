@@ -155,7 +155,7 @@ PAPER |= {"fixed-0.3": 0.62, "fixed-1": 0.71, "fixed-3": 0.72, "fixed-10": 0.69}
 
 
 def table1(rows: list[Row]) -> str:
-    """The paper's statistic, of the environments and seeds that every setting here has."""
+    """The paper's statistic (best result: a setting's mean), of what every setting was run on."""
     settings = {row["setting"] for row in rows}
     results: dict[str, list[float]] = {}
     complete = [
