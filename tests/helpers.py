@@ -116,7 +116,7 @@ def saved(folder: str | Path) -> dict[str, dict]:
 
 
 def assert_equal(one: object, other: object) -> None:
-    """Tensors bit by bit, whatever dicts and lists they are in."""
+    """Tensors bit by bit, also in dicts."""
     assert type(one) is type(other)
     if isinstance(one, Tensor):
         assert torch.equal(one, other)

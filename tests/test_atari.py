@@ -380,11 +380,12 @@ def test_a_film_shows_the_last_1000_steps_of_the_first_game(
 ) -> None:
     """From one game on to the next; no more frames are kept. Closing writes it."""
     limit(num_threads=1, max_num_frames_per_episode=4 * game)
-    envs, most = ppo_atari.make_envs(ppo_atari.Args(), 1, tmp_path), 0
+    envs, shown, most = ppo_atari.make_envs(ppo_atari.Args(), 2, tmp_path), [], 0
     envs.reset(seed=1)
     for _ in range(steps):
-        envs.step(np.zeros(1, dtype=int))
+        shown.append(envs.step(np.zeros(2, dtype=int))[0][0, -1])
         most = max(most, len(envs.frames))
+    assert np.array_equal(np.stack(envs.frames)[..., 0], shown[-1000:])
     envs.close()
     assert film_lengths(tmp_path) == pytest.approx(films, abs=1)
     assert most <= 1000

@@ -132,6 +132,12 @@ def test_films_of_training_and_of_the_evaluation(monkeypatch: pytest.MonkeyPatch
     assert films(ppo_continuous.train(tiny(ppo_continuous, capture_video=True)))
 
 
+def test_only_the_first_process_films(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    ppo.train(tiny(ppo, env_id="faulty:fine-v0", capture_video=True))
+    assert os.listdir() == [] and "frame" not in faulty.events
+
+
 def test_films_have_a_maximal_length() -> None:
     settings = {"num_envs": 2, "num_steps": 512, "total_timesteps": 3072, "capture_video": True}
     folder = ppo.train(tiny(ppo, env_id="faulty:endless-v0", **settings))
@@ -320,7 +326,7 @@ def test_a_signal_ends_the_run_at_once_with_one_line(
     wait_for(lambda: Path("run", last).exists())
     time.sleep(0.2)
     os.killpg(process.pid, number)
-    process.join(10)
+    process.join(60)
     assert process.exitcode == code
     message = (tmp_path / "stderr").read_text()
     assert message.startswith("stopped; --resume continues from the checkpoint, if any")

@@ -47,14 +47,6 @@ def test_is_the_sum_of_discounted_deltas(gamma: float, gae_lambda: float, T: int
     assert all(torch.equal(x, copy) for x, copy in zip(batch, copies, strict=True))
 
 
-def test_lambda_0_is_the_td_error() -> None:
-    rewards, values, next_values, terminations, dones = batch = random_batch()
-    advantages, returns = compute_gae(*batch, GAMMA, 0.0)
-    targets = torch.where(terminations == 1, rewards, rewards + GAMMA * next_values)
-    torch.testing.assert_close(advantages, targets - values)
-    torch.testing.assert_close(returns, targets)
-
-
 def test_lambda_1_is_the_monte_carlo_return_minus_the_value() -> None:
     """Returns are the episode's rewards, plus the last state's value unless that is terminal."""
     rewards, values, next_values, terminations, dones = random_batch()

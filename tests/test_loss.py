@@ -129,9 +129,10 @@ def test_normalized_advantages_worked_by_hand() -> None:
 def test_advantages_without_differences_are_no_division_by_zero() -> None:
     """Their std gets 1e-8 added: equal ones become 0, and 3 +- 1e-8 becomes +- 1/2."""
     for difference, expected in ((0.0, 0.0), (1e-8, 0.5)):
-        rows = Rows(2, advantages=[difference, -difference])
+        rows = Rows(2, advantages=[3 + difference, 3 - difference])
         rows.loss(norm_adv=True)
-        np.testing.assert_allclose(-2 * rows.dist.grad[:, 0].numpy(), [expected, -expected])
+        actual = -2 * rows.dist.grad[:, 0].numpy()
+        np.testing.assert_allclose(actual, [expected, -expected], rtol=1e-6)
 
 
 # ---- entropy and KL penalty

@@ -1,6 +1,7 @@
 """What holds between the files: shared blocks, flags, requirements, scripts that travel alone."""
 
 import ast
+import inspect
 import json
 import os
 import re
@@ -16,9 +17,10 @@ from helpers import ROOT, flags, metrics, read_csv
 from packaging.requirements import Requirement
 
 import ppo
+import ppo_continuous
 
 NAMES = ("ppo", "ppo_continuous", "ppo_atari")
-CARD = {"gymnasium", "numpy", "torch", "tyro", "wandb"}
+COMMON = {"gymnasium", "numpy", "torch", "tyro", "wandb"}
 SIMULATORS = {"ppo": set(), "ppo_continuous": {"mujoco"}, "ppo_atari": {"ale-py"}}
 ENV_IDS = {"ppo": "CartPole-v1", "ppo_continuous": "Pendulum-v1", "ppo_atari": "PongNoFrameskip-v4"}
 OWN_HELP = {("ppo_atari", "env_id"), ("ppo_atari", "norm_obs")}  # other ids; not for pixels
@@ -63,6 +65,13 @@ def test_shared_blocks_are_the_same(name: str) -> None:
         assert first[block] == other[block], f"{block}, first difference: {different[:1]}"
 
 
+def test_environments_of_vectors_are_built_alike() -> None:
+    """But for their actions: so each part of make_envs is tested in one script."""
+    built = [inspect.getsource(script.make_envs).splitlines() for script in (ppo, ppo_continuous)]
+    for line in {*built[0]} ^ {*built[1]}:
+        assert "action" in line.lower() or "RecordEpisodeStatistics" in line
+
+
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_flags_of_several_scripts_have_the_same_type_and_help(name: str) -> None:
     first, other = flags_of("ppo"), flags_of(name)
@@ -98,12 +107,12 @@ def test_inline_requirements_are_those_of_the_repository(name: str) -> None:
         assert needed.specifier == required[needed.name].specifier
         assert needed.extras <= required[needed.name].extras
     packages = {re.match(r"[\w-]+", line)[0] for line in dependencies}
-    assert packages == CARD | SIMULATORS[name]
+    assert packages == COMMON | SIMULATORS[name]
 
 
 @each_script
-def test_imports_are_those_of_the_card(name: str) -> None:
-    allowed = CARD | set(sys.stdlib_module_names)
+def test_imports_are_the_dependencies(name: str) -> None:
+    allowed = COMMON | set(sys.stdlib_module_names)
     allowed |= {"ale_py"} if name == "ppo_atari" else set()
     for node in ast.walk(ast.parse(text_of(name))):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
