@@ -565,9 +565,8 @@ def test_actions_are_stretched_and_clipped_to_their_bounds(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_cartpole_is_solved_with_the_defaults(seed: int) -> None:
-    folder = ppo.train(ppo.Args(seed=seed))
+def test_cartpole_is_solved_with_the_defaults() -> None:
+    folder = ppo.train(ppo.Args())
     assert max(column(folder, "charts/episodic_return")) >= 475
     assert summary(folder)["eval_return_mean"] == 500
 
