@@ -36,7 +36,9 @@ def gae_by_definition(batch: tuple[Tensor, ...], gamma: float, gae_lambda: float
 
 
 @pytest.mark.parametrize("T", [1, 25])
-@pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (0.5, 0.6), (1.0, 1.0), (0, 0.9)])
+@pytest.mark.parametrize(
+    ("gamma", "gae_lambda"), [(0.99, 0.95), (0.5, 0.6), (1.0, 1.0), (0, 0.9), (0.99, 0)]
+)
 def test_is_the_sum_of_discounted_deltas(gamma: float, gae_lambda: float, T: int) -> None:
     batch = random_batch(T)
     copies = [x.clone() for x in batch]
